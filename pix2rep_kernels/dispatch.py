@@ -1,0 +1,109 @@
+"""Choose a backend for one call on real tensors, and say why another one cannot run.
+
+A named backend that cannot run raises its reason; only "auto" falls back.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from pix2rep_kernels import native
+from pix2rep_kernels.check import expect_choice
+
+log = logging.getLogger("pix2rep_kernels")
+
+OPS = ("warp", "infonce")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+CHOICES = ("auto", *BACKENDS)
+
+# No GPU measurement has ordered the CUDA entries yet.
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# (op, backend) that does not exist, and why. Everything else does: `tests/test_names.py` holds it.
+ABSENT = {
+    ("warp", "cuda"): "the CUDA C++ kernel is not written yet; the Triton kernel serves CUDA tensors",
+    ("infonce", "cuda"): "the CUDA C++ kernel is not written yet; the Triton kernel serves CUDA tensors",
+}
+
+
+def interpreted() -> bool:
+    """True when Triton kernels run in Triton's interpreter, on the CPU (`TRITON_INTERPRET=1`, set before the first import of triton)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def why_unavailable(op: str, backend: str) -> str | None:
+    """Why `backend` cannot serve `op` in this installation, whatever the tensors; None when it can."""
+    if (op, backend) in ABSENT:
+        return ABSENT[op, backend]
+    if backend in native.OBJECTS:
+        return native.why_missing(backend)
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton, Linux only)"
+        if not (interpreted() or torch.cuda.is_available()):
+            return "no CUDA device is visible (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return None
+
+
+def why_not(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:
+    """Why `backend` cannot run `op` on these tensors, as a sentence; None when it can.
+
+    Args:
+        op: one of `OPS`.
+        backend: one of `BACKENDS`.
+        tensors: the op's tensor arguments in the order of its schema; None stands for one that is absent.
+    """
+    if reason := why_unavailable(op, backend):
+        return reason
+    present = [t for t in tensors if t is not None]
+    kind = present[0].device.type
+    if backend == "cpu" and kind != "cpu":
+        return f"the tensors are on {kind}, this backend needs cpu"
+    if backend == "cuda" and kind != "cuda":
+        return f"the tensors are on {kind}, this backend needs cuda"
+    if backend == "triton" and kind == "cpu" and not interpreted():
+        return "the tensors are on cpu, this backend needs cuda (or TRITON_INTERPRET=1)"
+    if backend in ("triton", "cuda") and any(t.dtype == torch.float64 for t in present):
+        return "float64 runs on the backends reference and cpu only"
+    hub = importlib.import_module(f"pix2rep_kernels.ops.{op}")
+    return hub.why_not(backend, tensors)
+
+
+def choose(op: str, backend: str, tensors: list[Tensor | None]) -> str:
+    """The backend that runs this call.
+
+    Raises:
+        ValueError: `backend` is none of `CHOICES`.
+        RuntimeError: the named backend cannot run; the message is `why_not`'s sentence.
+    """
+    expect_choice(backend, "backend", CHOICES)
+    if backend == "auto":
+        backend = os.environ.get("PIX2REP_BACKEND", "auto")
+        expect_choice(backend, "PIX2REP_BACKEND", CHOICES)
+    if backend != "auto":
+        if reason := why_not(op, backend, tensors):
+            raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
+        return backend
+    kind = next(t for t in tensors if t is not None).device.type
+    for candidate in AUTO_ORDER.get(kind, ("reference",)):
+        reason = why_not(op, candidate, tensors)
+        if reason is None:
+            return candidate
+        log.debug("%s: %s skipped: %s", op, candidate, reason)
+    raise RuntimeError(f"no backend can run {op} on {kind}")
+
+
+@functools.cache
+def implementation(op: str, backend: str):
+    """`(forward, backward)` of an op: the same two names in every backend, with the schema's arguments less `backend`."""
+    if backend in native.OBJECTS:
+        namespace = torch.ops.pix2rep_native
+        return getattr(namespace, op).default, getattr(namespace, f"{op}_backward").default
+    module = importlib.import_module(f"pix2rep_kernels.{backend}.{op}")
+    return module.forward, module.backward

@@ -1,0 +1,167 @@
+"""Pix2Rep: equivariant pixel-level contrast (arXiv 2407.20395, MIDL 2024)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_float
+from pix2rep_kernels.dispatch import CHOICES
+from pix2rep_kernels.ops.infonce import infonce
+from pix2rep_kernels.ops.warp import MODES, warp
+
+OBJECTIVES = ("infonce",)
+OUTSIDE = ("keep", "drop")
+
+
+class Pix2RepLoss(nn.Module):
+    """Contrast each pixel of one view with the same pixel of the other, against every other pixel drawn.
+
+    `features_1` are the features of the un-warped view, `features_2` those of the warped view: F1 = W(h f(v1)), F2 = h f(W v2). The same output
+    pixels are gathered from both, L2-normalised, and go through NT-Xent over their 2P rows (infonce, negatives="joint"), exactly and in O(P C) memory.
+
+    Args:
+        objective: "infonce".
+        temperature: tau > 0; 0.53 in the official code.
+        num_samples: pixel pairs of a batch, 1000 in the official code; None takes every pixel. Fewer pixels than samples: all are used.
+        per_image: draw `num_samples` in each image and contrast inside the image only.
+        outside: "keep" pixels that the warp took from outside the map (official) or "drop" them.
+        mode: interpolation of the warp: "linear" (official), "nearest" or "bicubic" (2D; Pix2Rep-v2).
+        check_finite: raise on NaN or inf features, naming the argument; reads a value back from the device, so it stops CUDA graphs and fullgraph.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Shape:
+        features_1, features_2: [B, C, *S] with 2 or 3 spatial axes, one floating dtype and device, any strides (channels-last is fastest).
+        grid: affine [B, d, d+1] or dense [B, *S, d] (align_corners=True), or None where the views are aligned already.
+        mask: [B, *S] or [B, 1, *S] bool, pixels of the warped frame that may be drawn.
+        points: int64 flat indices into B * prod(S): [P], or [B, P] inside one image each with `per_image`. Replaces the draw.
+        generator: of the draw, on the features' device. `torch.compile(fullgraph=True)` holds for generator=None or given points.
+        output: scalar, float32 (float64 for float64 features); the mean over the anchors drawn, 0 when none is valid.
+
+    Raises:
+        ValueError, TypeError: an argument is off; the message names argument, expectation and value.
+
+    Example:
+        >>> loss = Pix2RepLoss(num_samples=None)(head(net(view_1)), head(net(view_2)), theta)
+    """
+
+    def __init__(
+        self,
+        objective: str = "infonce",
+        *,
+        temperature: float = 0.53,
+        num_samples: int | None = 1000,
+        per_image: bool = False,
+        outside: str = "keep",
+        mode: str = "linear",
+        check_finite: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        expect_choice(objective, "objective", OBJECTIVES)
+        expect_choice(outside, "outside", OUTSIDE)
+        expect_choice(mode, "mode", MODES)
+        expect_choice(backend, "backend", CHOICES)
+        expect(0 < temperature < math.inf, "temperature", "be > 0 and finite", temperature)
+        whole = isinstance(num_samples, int) and not isinstance(num_samples, bool)
+        expect(num_samples is None or (whole and num_samples > 0), "num_samples", "be None or an integer > 0", num_samples)
+        self.objective, self.temperature, self.num_samples, self.per_image = objective, float(temperature), num_samples, per_image
+        self.outside, self.mode, self.check_finite, self.backend = outside, mode, check_finite, backend
+
+    def forward(
+        self,
+        features_1: Tensor,  # [B, C, *S]
+        features_2: Tensor,  # [B, C, *S]
+        grid: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        points: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        mask = self._check(features_1, features_2, mask, points)
+        batch, _, *size = features_1.shape
+        if points is None:
+            points = self._draw(batch, math.prod(size), mask, features_1.device, generator)
+        valid = None if mask is None else _at(mask.flatten(), points)
+        if self.per_image and points is not None:
+            first = torch.arange(batch, device=points.device).unsqueeze(1) * math.prod(size)
+            points = (points + first).flatten()
+        here = identity(features_1)
+        rows_1, inside = warp(
+            features_1, here if grid is None else grid, points=points, mode="nearest" if grid is None else self.mode,
+            normalize=True, backend=self.backend,
+        )  # fmt: skip
+        rows_2, _ = warp(features_2, here, points=points, mode="nearest", normalize=True, backend=self.backend)
+        if self.outside == "drop" and grid is not None:
+            valid = inside if valid is None else valid.flatten() & inside
+        if self.per_image:
+            rows_1, rows_2 = rows_1.unflatten(0, (batch, -1)), rows_2.unflatten(0, (batch, -1))
+        valid = None if valid is None else valid.reshape(rows_1.shape[:-1])
+        losses = infonce(rows_1, rows_2, temperature=self.temperature, valid_a=valid, backend=self.backend)
+        if valid is None:
+            return losses.mean()
+        return losses.sum() / (2 * valid.sum()).clamp(min=1)
+
+    def extra_repr(self) -> str:
+        names = ("objective", "temperature", "num_samples", "per_image", "outside", "mode", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _draw(self, batch, pixels, mask, device, generator) -> Tensor | None:
+        """Flat indices of the pixels drawn: [P], or [B, P] inside each image; None stands for all."""
+        total = pixels if self.per_image else batch * pixels
+        count = total if self.num_samples is None else min(self.num_samples, total)
+        if count == total:
+            if not self.per_image:
+                return None
+            return torch.arange(pixels, device=device).expand(batch, -1)
+        if mask is None and not self.per_image:
+            return torch.randperm(total, device=device, generator=generator)[:count]
+        keys = torch.rand((batch, pixels) if self.per_image else (total,), device=device, generator=generator)
+        if mask is not None:
+            keys = torch.where(mask.reshape(keys.shape), keys, -1.0)  # drawn last
+        return keys.topk(count, dim=-1).indices
+
+    def _check(self, features_1, features_2, mask, points) -> Tensor | None:
+        expect_float(features_1, "features_1")
+        expect(features_1.ndim in (4, 5), "features_1", "have shape [B, C, H, W] or [B, C, D, H, W]", tuple(features_1.shape))
+        expect(features_1.numel() > 0, "features_1", "have at least one pixel", tuple(features_1.shape))
+        expect(features_2.shape == features_1.shape, "features_2", f"have the shape of features_1 {tuple(features_1.shape)}", tuple(features_2.shape))
+        if features_2.dtype != features_1.dtype:
+            raise TypeError(f"`features_2` must be {features_1.dtype} as `features_1` is, got {features_2.dtype}")
+        expect_device(features_2, "features_2", features_1, "features_1")
+        if self.check_finite:
+            for name, features in (("features_1", features_1), ("features_2", features_2)):
+                bad = int((~features.isfinite()).sum())
+                expect(bad == 0, name, "be finite", f"{bad} NaN or inf values of {features.numel()}")
+        batch, _, *size = features_1.shape
+        if mask is not None:
+            mask = mask.squeeze(1) if mask.ndim == features_1.ndim else mask
+            expect(mask.shape == (batch, *size), "mask", f"have shape {(batch, *size)} or {(batch, 1, *size)}", tuple(mask.shape))
+            if mask.dtype != torch.bool:
+                raise TypeError(f"`mask` must be bool, got {str(mask.dtype).removeprefix('torch.')}")
+            expect_device(mask, "mask", features_1, "features_1")
+        if points is not None:
+            if points.dtype != torch.int64:
+                raise TypeError(f"`points` must be int64, got {str(points.dtype).removeprefix('torch.')}")
+            if self.per_image:
+                expect(points.ndim == 2 and points.shape[0] == batch, "points", f"have shape [{batch}, P] with per_image", tuple(points.shape))
+            else:
+                expect(points.ndim == 1, "points", "have shape [P]", tuple(points.shape))
+            expect(points.numel() > 0, "points", "name at least one pixel", tuple(points.shape))
+            expect_device(points, "points", features_1, "features_1")
+        return mask
+
+
+def identity(features: Tensor) -> Tensor:
+    """The affine grid [B, d, d+1] that changes nothing, float32, on the device of `features` [B, C, *S]."""
+    dims = features.ndim - 2
+    return torch.eye(dims, dims + 1, device=features.device).expand(features.shape[0], -1, -1)
+
+
+def _at(flags: Tensor, points: Tensor | None) -> Tensor:
+    """flags [B * prod(S)] at flat points [P] or, inside each image, [B, P]."""
+    if points is None:
+        return flags
+    if points.ndim == 1:
+        return flags[points]
+    return flags.unflatten(0, (points.shape[0], -1)).gather(1, points)

@@ -1,0 +1,14 @@
+"""Where no GPU is visible Triton kernels run interpreted, which must be decided before triton is imported."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
