@@ -1,0 +1,4 @@
+from pix2rep.cli import main
+
+if __name__ == "__main__":
+    main()

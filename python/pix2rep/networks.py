@@ -1,0 +1,98 @@
+"""Backbone, projection head, segmenter. A backbone maps [B, 1, *S] to full-resolution features [B, features, *S]."""
+
+import importlib
+import math
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import BasicUNet
+from torch import Tensor, nn
+
+from pix2rep.config import NetworkConfig
+
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class UNet(BasicUNet):
+    """MONAI's BasicUNet without its last 1x1 convolution: [B, 1, *S] -> [B, features, *S], any S.
+
+    Every other weight keeps MONAI's name, so `BasicUNet.load_state_dict(weights, strict=False)` takes them and misses `final_conv` alone.
+    """
+
+    STRIDE = 16  # four poolings
+    SMALLEST = 32  # 2 x 2 at the bottom: norms cannot train on a single value
+
+    def __init__(self, config: NetworkConfig):
+        if len(config.channels) != 5:
+            raise ValueError(f"network.channels must be five levels for basicunet, got {list(config.channels)}")
+        norm = {
+            "batch": "batch",
+            "instance": ("instance", {"affine": True}),
+            "group": ("group", {"num_groups": math.gcd(8, *config.channels, config.features)}),
+        }[config.norm]
+        super().__init__(config.dims, in_channels=1, out_channels=1, features=(*config.channels, config.features), norm=norm)
+        self.final_conv = nn.Identity()
+        self.out_channels = config.features
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2:]
+        missing = [max(self.SMALLEST, math.ceil(n / self.STRIDE) * self.STRIDE) - n for n in size]
+        if not any(missing):
+            return super().forward(x)
+        before = [m // 2 for m in missing]
+        pad = [p for m, b in zip(reversed(missing), reversed(before), strict=True) for p in (b, m - b)]
+        features = super().forward(F.pad(x, pad, mode="replicate"))
+        return features[(..., *(slice(b, b + n) for b, n in zip(before, size, strict=True)))]
+
+
+def build_backbone(config: NetworkConfig) -> nn.Module:
+    """The network named by `config.name`: "basicunet", or "package.module:factory", called with the NetworkConfig.
+
+    Returns a Module with `out_channels`. Raises ValueError for an unknown name or a factory whose module has no such number.
+    """
+    if config.name == "basicunet":
+        return UNet(config)
+    module, colon, factory = config.name.partition(":")
+    if not colon:
+        raise ValueError(f'network.name must be "basicunet" or "package.module:factory", got {config.name!r}')
+    try:
+        backbone = getattr(importlib.import_module(module), factory)(config)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"network.name must name something importable, got {config.name!r}: {error}") from error
+    if not isinstance(getattr(backbone, "out_channels", None), int):
+        raise ValueError(f"network.name must make a Module with an integer out_channels, {config.name!r} made {type(backbone).__name__}")
+    return backbone
+
+
+def projection_head(config: NetworkConfig, in_channels: int | None = None) -> nn.Sequential:
+    """`head_depth` times (1x1 conv, batch norm, ReLU), then a 1x1 conv: [B, in_channels, *S] -> [B, projection, *S].
+
+    Thrown away after pre-training. `in_channels`: default config.features.
+    """
+    conv, norm = CONV[config.dims], BATCH_NORM[config.dims]
+    width = config.features if in_channels is None else in_channels
+    layers: list[nn.Module] = []
+    for _ in range(config.head_depth):
+        layers += [conv(width, config.head_hidden, 1), norm(config.head_hidden), nn.ReLU(inplace=True)]
+        width = config.head_hidden
+    return nn.Sequential(*layers, conv(width, config.projection, 1))
+
+
+class Segmenter(nn.Module):
+    """Backbone and a linear layer a pixel (`head`, a 1x1 conv): [B, 1, *S] -> logits [B, classes, *S], background included in `classes`."""
+
+    def __init__(self, backbone: nn.Module, classes: int, dims: int = 2):
+        super().__init__()
+        if classes < 2:
+            raise ValueError(f"classes must be at least 2 (background is one), got {classes}")
+        self.backbone = backbone
+        self.head = CONV[dims](backbone.out_channels, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+def channels_last(dims: int) -> torch.memory_format:
+    """The layout in which convolutions and the losses read a pixel's features as one row."""
+    return torch.channels_last if dims == 2 else torch.channels_last_3d
