@@ -1,0 +1,1 @@
+"""Volumes on disk -> batches of slices."""

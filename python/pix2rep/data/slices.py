@@ -1,0 +1,94 @@
+"""Batches of slices (or of volumes, when the size has three entries), and an order of them that is a function of the step."""
+
+from collections import OrderedDict
+
+import numpy as np
+import torch
+
+from .cache import Prepared, PreparedCase, crop_or_pad
+
+_OPEN = 256  # memory maps kept; each holds a file descriptor
+
+
+class SliceSource:
+    """The slices of some patients. With size (H, W) an item is an axial slice, with (D, H, W) a whole volume.
+
+    `labelled=True` keeps cases with labels only, and batches carry them. Raises ValueError when no item is left.
+    """
+
+    def __init__(self, prepared: Prepared, patients, size: tuple[int, ...], labelled: bool = False):
+        if len(size) not in (2, 3) or min(size) < 1:
+            raise ValueError(f"data.size must be two or three positive numbers of pixels, got {tuple(size)}")
+        self.size, self.labelled = tuple(size), labelled
+        wanted = set(patients)
+        self.cases = [c for c in prepared.cases if c.patient in wanted and not (labelled and c.label_file is None)]
+        if not self.cases:
+            kind = "a labelled volume" if labelled else "a volume"
+            names = ", ".join(sorted(wanted)[:5])
+            raise ValueError(f"patients must have {kind} among the {len(prepared.cases)} prepared, got {len(wanted)} patients ({names})")
+        counts = [case.shape[0] if len(size) == 2 else 1 for case in self.cases]
+        self._case = np.repeat(np.arange(len(counts)), counts)  # [items] -> case
+        self._start = np.concatenate([[0], np.cumsum(counts)])
+        self._maps: OrderedDict = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._case)
+
+    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Images [B, 1, *size] float32 in [0, 1] and labels [B, *size] int64 (None for an unlabelled source), cropped or zero padded."""
+        images = torch.from_numpy(np.stack([self._item(int(i), "image") for i in indices])).float().unsqueeze(1)
+        if not self.labelled:
+            return images, None
+        return images, torch.from_numpy(np.stack([self._item(int(i), "labels") for i in indices])).long()
+
+    def case_slices(self, case: PreparedCase | str) -> np.ndarray:
+        """Indices of a case's items in order of Z, for `batch`."""
+        name = case if isinstance(case, str) else case.id
+        for k, own in enumerate(self.cases):
+            if own.id == name:
+                return np.arange(self._start[k], self._start[k + 1])
+        raise ValueError(f"case must be one of the source's {len(self.cases)}, got {name}")
+
+    def patients_of(self, indices) -> list[str]:
+        """Patients that the items come from, sorted, each once."""
+        return sorted({self.cases[self._case[int(i)]].patient for i in indices})
+
+    def _item(self, index: int, what: str) -> np.ndarray:
+        k = self._case[index]
+        array = self._map(k, what)
+        return crop_or_pad(array[index - self._start[k]] if len(self.size) == 2 else array, self.size)
+
+    def _map(self, k: int, what: str) -> np.ndarray:
+        key = (k, what)
+        if key not in self._maps:
+            self._maps[key] = getattr(self.cases[k], what)()
+            if len(self._maps) > _OPEN:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(key)
+        return self._maps[key]
+
+
+class StepSampler:
+    """Indices of every step, a pure function of (seed, step): a run resumed at a step sees what it would have seen.
+
+    Each epoch is a fresh permutation cut into whole batches (its remainder waits for another epoch); with fewer items than a batch the
+    permutation wraps around.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int):
+        if length < 1 or batch_size < 1:
+            raise ValueError(f"length and batch_size must be at least 1, got {length} and {batch_size}")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.steps_per_epoch = max(1, length // batch_size)
+        self._epoch, self._order = -1, None
+
+    def indices(self, step: int) -> np.ndarray:
+        """[batch_size] int64."""
+        epoch, part = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            # Raw Philox words are the same in every NumPy release, unlike Generator.permutation.
+            words = np.random.Philox(key=[self.seed, epoch]).random_raw(self.length)
+            self._epoch, self._order = epoch, np.argsort(words, kind="stable")
+        if self.length < self.batch_size:
+            return np.resize(self._order, self.batch_size)
+        return self._order[part * self.batch_size : (part + 1) * self.batch_size].copy()
