@@ -1,7 +1,6 @@
 """Prepared volumes: clipped, scaled to [0, 1], in [Z, H, W], one memory-mapped .npy a case."""
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Callable
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import DataConfig
-from .discover import Case
-from .nifti import Volume, VolumeError, read, read_labels, write_bytes
+from pix2rep.checkpoint import atomic
+from pix2rep.config import DataConfig
+from pix2rep.data.discover import Case
+from pix2rep.data.nifti import Volume, VolumeError, read, read_labels
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ def prepare(cases: list[Case], config: DataConfig, folder, progress: Callable[[i
         if progress:
             progress(done, len(cases))
     index = {"version": _VERSION, "cases": [_to_json(case) for case in prepared], "skipped": [list(pair) for pair in skipped]}
-    write_bytes(json.dumps(index, indent=1).encode(), folder / "index.json")
+    with atomic(folder / "index.json") as temporary:
+        temporary.write_text(json.dumps(index, indent=1))
     if not prepared:
         reason = f"; the first: {skipped[0][1]}" if skipped else ""
         raise ValueError(f"data.root must hold at least one usable volume, got 0 of {len(cases)}{reason}")
@@ -157,7 +158,8 @@ def _one(case: Case, config: DataConfig, folder: Path) -> PreparedCase:
     if labels is not None and labels.shape != image.shape:
         raise VolumeError(f"{case.label}: labels must have the image's shape {list(image.shape)} (Z, H, W), got {list(labels.shape)}")
     found = _shape(case, volume, image, labels, config, folder / name)
-    write_bytes(json.dumps(_to_json(found)).encode(), meta)  # last: it marks the case as complete
+    with atomic(meta) as temporary:  # last: it marks the case as complete
+        temporary.write_text(json.dumps(_to_json(found)))
     return found
 
 
@@ -245,9 +247,8 @@ def _key(case: Case, config: DataConfig) -> str:
 
 
 def _save(array: np.ndarray, path: Path) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array))
-    write_bytes(buffer.getvalue(), path)
+    with atomic(path) as temporary:
+        np.save(temporary, np.ascontiguousarray(array))
 
 
 def _to_json(case: PreparedCase) -> dict:

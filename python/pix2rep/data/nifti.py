@@ -2,13 +2,14 @@
 
 import gzip
 import math
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+
+from pix2rep.checkpoint import atomic
 
 # What nibabel and gzip raise on damaged files; HeaderDataError and ImageFileError are nibabel's own.
 _READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
@@ -88,17 +89,8 @@ def save_like(labels: np.ndarray, case, path) -> Path:
 def write(image: nib.Nifti1Image, path: Path) -> None:
     """Write atomically, the same bytes for the same image (no time stamp in the gzip header)."""
     data = image.to_bytes()
-    write_bytes(gzip.compress(data, compresslevel=1, mtime=0) if path.suffix == ".gz" else data, path)
-
-
-def write_bytes(data: bytes, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_bytes(gzip.compress(data, compresslevel=1, mtime=0) if path.suffix == ".gz" else data)
 
 
 def _canonical(path: Path) -> tuple[np.ndarray, np.ndarray, str]:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from .cache import Prepared, PreparedCase, crop_or_pad
+from pix2rep.data.cache import Prepared, PreparedCase, crop_or_pad
 
 _OPEN = 256  # memory maps kept; each holds a file descriptor
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import SplitConfig
-from .discover import Case, disease_group
-from .nifti import write_bytes
+from pix2rep.checkpoint import atomic
+from pix2rep.config import SplitConfig
+from pix2rep.data.discover import Case, disease_group
 
 PARTS = ("pretrain", "val", "test")
 
@@ -32,7 +32,8 @@ def make_split(cases: list[Case], config: SplitConfig) -> dict:
 
 def write_split(split: dict, path) -> None:
     """Write as JSON, atomically."""
-    write_bytes((json.dumps(split, indent=1) + "\n").encode(), Path(path))
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(split, indent=1) + "\n")
 
 
 def read_split(path, cases: list[Case]) -> dict:
