@@ -1,0 +1,93 @@
+"""Random changes of intensity, every image its own draw, in a batch on the device and without waiting for it.
+
+Order as in the official Pix2Rep code: noise, blur, gamma, bias field, inversion. Intensities enter in [0, 1] and may leave it: only the
+power of gamma needs a base that is not negative, so only there are they clamped.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from pix2rep.config import PhotometricConfig
+from pix2rep.views.random import normal, uniform
+
+BIAS_ORDER = 3  # of the polynomial
+
+
+class Photometric:
+    """Images [B, 1, *S] float in [0, 1] -> the same shape and dtype, S of two or three axes."""
+
+    def __init__(self, config: PhotometricConfig):
+        _check(config)
+        self.config = config
+        self._terms: tuple[object, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        if x.dim() not in (4, 5) or x.shape[1] != 1 or not x.is_floating_point():
+            raise ValueError(f"x must be a float tensor [B, 1, *S] with 2 or 3 axes S, got {x.dtype} {list(x.shape)}")
+        config = self.config
+        if config.noise_p and config.noise_std:
+            std = uniform(_per_image(x), 0, config.noise_std, generator, x.device) * self._drawn(x, config.noise_p, generator)
+            x = x + (std * normal(x.shape, generator, x.device)).to(x.dtype)
+        if config.blur_p and config.blur_sigma:
+            x = self._blur(x, generator)
+        if config.gamma_p and config.log_gamma:
+            log_gamma = uniform(_per_image(x), -config.log_gamma, config.log_gamma, generator, x.device)
+            x = torch.where(self._drawn(x, config.gamma_p, generator), x.clamp(min=0) ** log_gamma.exp().to(x.dtype), x)
+        if config.bias_p and config.bias_coefficients:
+            x = x * self._bias(x, generator).to(x.dtype)
+        if config.invert_p:
+            x = torch.where(self._drawn(x, config.invert_p, generator), 1 - x, x)
+        return x
+
+    def _drawn(self, x: torch.Tensor, probability: float, generator) -> torch.Tensor:
+        return uniform(_per_image(x), 0, 1, generator, x.device) < probability
+
+    def _blur(self, x: torch.Tensor, generator) -> torch.Tensor:
+        """Gaussian of sigma U(0, s) pixels, cut at three times the largest; edges repeat."""
+        limit = self.config.blur_sigma
+        radius = min(math.ceil(3 * limit), *(n - 1 for n in x.shape[2:])) if min(x.shape[2:]) > 1 else 0
+        sigma = uniform((len(x),), 0, limit, generator, x.device).clamp(min=1e-2)
+        offsets = torch.arange(-radius, radius + 1, device=x.device)
+        weights = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1)  # [B, 2r+1]
+        untouched = (offsets == 0).float()
+        weights = torch.where(self._drawn(x, self.config.blur_p, generator).view(-1, 1), weights, untouched).to(x.dtype)
+        for axis in range(2, x.dim()):
+            n, pad = x.shape[axis], [0, 0] * (x.dim() - 2)
+            pad[2 * (x.dim() - 1 - axis) : 2 * (x.dim() - axis)] = [radius, radius]
+            padded = F.pad(x, pad, mode="replicate")
+            x = sum(padded.narrow(axis, k, n) * weights[:, k].view(_per_image(x)) for k in range(2 * radius + 1))
+        return x
+
+    def _bias(self, x: torch.Tensor, generator) -> torch.Tensor:
+        """exp of a cubic polynomial in coordinates from -1 to 1, all coefficients (the constant too) U(-c, c); 1 where not drawn."""
+        terms = self._polynomials(tuple(x.shape[2:]), x.device)
+        limit = self.config.bias_coefficients
+        coefficients = uniform((len(x), len(terms)), -limit, limit, generator, x.device)
+        coefficients = coefficients * self._drawn(x, self.config.bias_p, generator).view(-1, 1)
+        return (coefficients @ terms).exp().view(x.shape)
+
+    def _polynomials(self, size: tuple[int, ...], device) -> torch.Tensor:
+        """[terms, prod(size)]: products of powers with a sum of at most 3."""
+        if self._terms is None or self._terms[0] != (size, device):
+            zero = torch.zeros(1, device=device)
+            axes = torch.meshgrid(*(torch.linspace(-1, 1, n, device=device) if n > 1 else zero for n in size), indexing="ij")
+            powers = torch.cartesian_prod(*[torch.arange(BIAS_ORDER + 1)] * len(size)).tolist()
+            chosen = [p for p in powers if sum(p) <= BIAS_ORDER]
+            terms = torch.stack([math.prod(axis**k for axis, k in zip(axes, p, strict=True)) for p in chosen])
+            self._terms = ((size, device), terms.flatten(1))
+        return self._terms[1]
+
+
+def _per_image(x: torch.Tensor) -> tuple[int, ...]:
+    return (len(x),) + (1,) * (x.dim() - 1)
+
+
+def _check(config: PhotometricConfig) -> None:
+    for name, value in vars(config).items():
+        if name.endswith("_p") and not 0 <= value <= 1:
+            raise ValueError(f"photometric.{name} must be a probability, got {value}")
+        if value < 0:
+            raise ValueError(f"photometric.{name} must be at least 0, got {value}")
