@@ -1,0 +1,151 @@
+"""Linear probe and fine-tuning from a few labelled patients, always beside the same network that was not pre-trained.
+
+Both arms get the same labelled slices, the same grid of settings, the same number of steps, and choose by 3D Dice on the validation
+patients. The random arm's BatchNorm statistics are first estimated on the unlabelled pre-training images, so that its features are those of
+a network that has seen the data.
+"""
+
+import copy
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pix2rep import evaluate, finetune, log, metrics, overlay, probe, report
+from pix2rep.checkpoint import load_backbone
+from pix2rep.config import Config
+from pix2rep.data.cache import PreparedCase
+from pix2rep.data.slices import SliceSource, StepSampler
+from pix2rep.data.splits import labelled_patients
+from pix2rep.networks import Segmenter, build_backbone
+from pix2rep.study import Study, open_study
+
+SETTLING_BATCHES = 32  # batches of 16 images that estimate the random arm's BatchNorm statistics
+
+
+def run(run_dir: Path, config: Config, what: str) -> dict:
+    """Probe or fine-tune for every downstream.labelled x downstream.seeds x arm, test each model, and write RUN/<what>/.
+
+    what: "probe" | "finetune". Returns the report that results.json holds. Raises FileNotFoundError for a run without weights, ValueError
+    for too few labelled patients or a part of the split without labels.
+    """
+    if what not in ("probe", "finetune"):
+        raise ValueError(f'what must be "probe" or "finetune", got {what!r}')
+    run_dir = Path(run_dir)
+    pretrained, trained = load_backbone(run_dir)
+    if config.network != trained.network:
+        raise ValueError(f"network must be that of the run's weights, {trained.network}, got {config.network}")
+    study = open_study(run_dir, config)
+    pretrained = pretrained.to(study.device)
+    validation = study.volumes("val")
+    test = study.volumes("test")
+    pool = study.volumes("pretrain")
+    down = config.downstream
+    # Every draw is made before the first model is trained: too few patients must not cost an hour.
+    draws = {(n, seed): labelled_patients(study.split, pool, n, seed) for n in down.labelled for seed in down.seeds}
+    folder = run_dir / what
+    rows, models, shown = [], [], {}
+    for (n, seed), patients in draws.items():
+        for arm in report.ARMS:
+            started = time.perf_counter()
+            backbone = pretrained if arm == "pretrained" else random_backbone(study, seed)
+            train = _probe if what == "probe" else _finetune
+            model, choice = train(backbone, study, study.labelled(patients), validation, seed)
+            entry = {"what": what, "labelled": n, "seed": seed, "arm": arm, "patients": patients, **choice}
+            entry["file"] = evaluate.save_model(model, folder / "models", entry, study)
+            predictions = {case.id: evaluate.predict_case(model, case, study) for case in test}
+            new = [row for case in test for row in evaluate.score_case(predictions[case.id], case, study, entry)]
+            entry["seconds"] = round(time.perf_counter() - started, 1)
+            rows += new
+            models.append(entry)
+            if (n, seed) == next(iter(draws)):
+                shown[arm] = predictions
+            report.say_model(entry, metrics.nanmean([row["dice"] for row in new]))
+    result = report.write(folder, rows, models, study)
+    n, seed = next(iter(draws))
+    pictures = overlay.write(folder / "overlays", test, shown, study, f"{what}, {n} labelled, seed {seed}")
+    _remove_older(folder, {run_dir / entry["file"] for entry in models} | set(pictures))
+    report.show(result)
+    return result
+
+
+def _remove_older(folder: Path, kept: set[Path]) -> None:
+    """Models and pictures of an earlier run into the same folder, which results.json no longer speaks of."""
+    for file in (*(folder / "models").glob("*.safetensors"), *(folder / "overlays").glob("*.png")):
+        if file not in kept:
+            file.unlink()
+
+
+def random_backbone(study: Study, seed: int):
+    """The run's architecture from a seeded fresh initialisation, BatchNorm statistics estimated on unlabelled pre-training images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone = build_backbone(study.config.network).to(study.device)
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return backbone
+    source = SliceSource(study.prepared, study.split["pretrain"], study.config.data.size)
+    sampler = StepSampler(len(source), 16, seed)
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # plain average over the batches
+    backbone.train()
+    with torch.no_grad():
+        for step in range(SETTLING_BATCHES):
+            backbone(source.batch(sampler.indices(step))[0].to(study.device))
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    return backbone.eval()
+
+
+def validation_dice(prediction: np.ndarray, labels: np.ndarray, cases: list[PreparedCase], classes: int) -> float:
+    """Mean 3D Dice over volumes and classes at data.size: prediction and labels [N, *size] are the stacked items of `cases`."""
+    counts = [case.shape[0] if labels.ndim == 3 else 1 for case in cases]
+    cuts = np.cumsum(counts)[:-1]
+    pairs = zip(np.split(prediction, cuts), np.split(labels, cuts), strict=True)
+    return metrics.nanmean([metrics.dice(p, t, classes) for p, t in pairs])
+
+
+def _probe(backbone, study: Study, labelled: list[PreparedCase], validation: list[PreparedCase], seed: int):
+    """The best linear layer on frozen features: (Segmenter, {settings, "validation_dice"})."""
+    classes = len(study.classes)
+    images, labels = study.stack(labelled)
+    rows, targets = probe.labelled_pixels(backbone, images, labels, torch.Generator().manual_seed(seed))
+    settings, weight, bias = probe.fit(rows, targets, classes, study.config.downstream, seed)
+    images, labels = study.stack(validation)
+    predictions, truth = probe.predict_all(backbone, images, weight, bias), labels.cpu().numpy()
+    scores = [validation_dice(p, truth, validation, classes) for p in predictions]
+    best = int(np.nanargmax(np.nan_to_num(scores, nan=-1.0)))
+    model = Segmenter(copy.deepcopy(backbone), classes + 1, study.config.network.dims).to(study.device)
+    with torch.no_grad():
+        model.head.weight.copy_(weight[best].view_as(model.head.weight))
+        model.head.bias.copy_(bias[best])
+    return model, {**settings[best], "validation_dice": scores[best]}
+
+
+def _finetune(backbone, study: Study, labelled: list[PreparedCase], validation: list[PreparedCase], seed: int):
+    """The best of one fine-tuning a learning rate: (Segmenter, {"lr", "step", "validation_dice"}). Raises RuntimeError when every one
+    diverged.
+    """
+    images, labels = study.stack(labelled)
+    seen, truth = study.stack(validation)
+    truth = truth.cpu().numpy()
+
+    def validate(model):
+        return validation_dice(finetune.predict(model, seen), truth, validation, len(study.classes))
+
+    best = None
+    for lr in study.config.downstream.finetune_lr:
+        model = finetune.build(backbone, len(study.classes), study.config.network.dims, seed).to(study.device)
+        score, step = finetune.fit(model, images, labels, lr, study.config, seed, validate)
+        if math.isnan(score):
+            log.say(f"downstream.finetune_lr {lr:g}: the loss is not finite, setting dropped")
+        elif best is None or score > best[1]["validation_dice"]:
+            best = model, {"lr": lr, "step": step, "validation_dice": score}
+    if best is None:
+        rates = study.config.downstream.finetune_lr
+        raise ValueError(f"downstream.finetune_lr must hold a rate at which the loss stays finite, got {rates}")
+    return best

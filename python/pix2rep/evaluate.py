@@ -1,0 +1,122 @@
+"""Test volumes through saved downstream models: 3D Dice and HD95 a class and volume, predictions back in the geometry of the source
+files.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from nibabel.affines import voxel_sizes
+
+from pix2rep import finetune, metrics, report
+from pix2rep.config import Config
+from pix2rep.data.cache import PreparedCase
+from pix2rep.data.nifti import save_like
+from pix2rep.networks import Segmenter, build_backbone
+from pix2rep.study import Study, open_study
+
+KINDS = ("probe", "finetune")
+
+
+def predict_case(model, case: PreparedCase, study: Study) -> np.ndarray:
+    """Labels of one volume at its prepared shape, uint8 [Z, H, W]; what lies outside the centre crop to data.size is background."""
+    import torch
+
+    images = torch.from_numpy(study.items(case, "image").astype(np.float32))[:, None].to(study.device)
+    return study.volume(finetune.predict(model, images), case)
+
+
+def score_case(prediction: np.ndarray, case: PreparedCase, study: Study, entry: dict) -> list[dict]:
+    """One row a class: what, labelled, seed, arm, patient, frame, case, class, dice, hd95, hd95_unit, voxels of truth and prediction.
+
+    prediction [Z, H, W] at the prepared shape. Scored on the source file's own grid: neither a crop nor resampling makes the task easier.
+    """
+    truth, prediction = study.truth(case), case.restore(prediction)
+    unit, spacing = distance_unit(voxel_sizes(np.asarray(case.affine))[::-1])
+    overlap = metrics.dice(prediction, truth, len(study.classes))
+    distance = metrics.hd95(prediction, truth, len(study.classes), spacing)
+    identity = {key: entry[key] for key in ("what", "labelled", "seed", "arm")} | {
+        "patient": case.patient,
+        "frame": case.frame or "",
+        "case": case.id,
+    }
+    return [
+        identity
+        | {"class": name, "dice": float(overlap[k]), "hd95": float(distance[k]), "hd95_unit": unit}
+        | {"truth_voxels": int((truth == k + 1).sum()), "predicted_voxels": int((prediction == k + 1).sum())}
+        for k, name in enumerate(study.classes)
+    ]
+
+
+def distance_unit(spacing) -> tuple[str, tuple[float, ...]]:
+    """("mm", spacing); ("voxel", spacing) for a spacing of exactly 1, 1, 1, which is what headers say that have lost theirs."""
+    spacing = tuple(float(s) for s in spacing)
+    return ("voxel" if all(s == 1.0 for s in spacing) else "mm"), spacing
+
+
+def save_model(model, folder: Path, entry: dict, study: Study) -> str:
+    """Write a downstream model (backbone and head) atomically as safetensors; what it is goes into the metadata. Returns its path below the
+    run.
+    """
+    from safetensors.torch import save_file
+
+    from pix2rep.checkpoint import atomic
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"n{entry['labelled']}_seed{entry['seed']}_{entry['arm']}.safetensors"
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(state, temporary, metadata={"pix2rep": json.dumps(entry | {"classes": list(study.classes)})})
+    return os.path.relpath(path, study.run)
+
+
+def load_model(path: Path, study: Study):
+    """(Segmenter in eval mode, entry) from a file of `save_model`. Raises ValueError when its classes are not the study's."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        entry = json.loads((file.metadata() or {}).get("pix2rep", "null"))
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    if entry is None:
+        raise ValueError(f"model must be a file written by `pix2rep probe` or `pix2rep finetune`, got {path} (no pix2rep metadata)")
+    if tuple(entry.pop("classes")) != study.classes:
+        raise ValueError(
+            f"model {path} must have the classes of the data, {study.classes}, got another set; was data.root or data.classes changed?"
+        )
+    model = Segmenter(build_backbone(study.config.network), len(study.classes) + 1, study.config.network.dims)
+    model.load_state_dict(state)
+    return model.to(study.device).eval(), entry
+
+
+def run(run_dir: Path, config: Config, predictions: Path | None = None) -> dict:
+    """Evaluate every saved downstream model of a run on the test patients again, and write RUN/evaluate/.
+
+    predictions: folder for the predicted labels, as NIfTI in each source file's own shape, orientation and affine; None writes none.
+    Returns the report. Raises FileNotFoundError when the run has no saved model.
+    """
+    run_dir = Path(run_dir)
+    files = sorted(file for kind in KINDS for file in (run_dir / kind / "models").glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"run must hold models of `pix2rep probe` or `pix2rep finetune` (probe/models, finetune/models), got {run_dir} (0 found)"
+        )
+    study = open_study(run_dir, config)
+    test = study.volumes("test")
+    rows, models = [], []
+    for file in files:
+        model, entry = load_model(file, study)
+        entry["file"] = os.path.relpath(file, run_dir)
+        start = len(rows)
+        for case in test:
+            labels = predict_case(model, case, study)
+            rows += score_case(labels, case, study, entry)
+            if predictions is not None:
+                target = Path(predictions) / entry["what"] / file.stem / f"{case.id}.nii.gz"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                save_like(labels, case, target)
+        models.append(entry)
+        report.say_model(entry, metrics.nanmean([row["dice"] for row in rows[start:]]))
+    result = report.write(run_dir / "evaluate", rows, models, study)
+    report.show(result)
+    return result

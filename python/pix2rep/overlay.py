@@ -1,0 +1,70 @@
+"""Pictures of test slices: image, truth, and what each arm predicts, in colours that the colour-blind tell apart."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pix2rep import metrics
+from pix2rep.data.cache import PreparedCase
+
+# Okabe and Ito's palette, ordered so that neighbours in it differ in lightness too; black and grey are the image's.
+COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#009E73", "#D55E00", "#0072B2")
+FILL, LINE = 0.35, 1.4  # opacity of a region, width of its outline in points
+
+
+def draw(image: np.ndarray, panels: dict[str, np.ndarray | None], classes: tuple[str, ...], title: str):
+    """A figure of one slice: `image` [H, W] in [0, 1] once a panel, with the labels [H, W] of each panel on it (None: the bare image).
+
+    Labels 1..K take the palette's colours in order, again from its start after seven. Returns a matplotlib Figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(2.6 * len(panels), 3.3), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for axis, (name, labels) in zip(axes, panels.items(), strict=True):
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1, origin="lower", interpolation="nearest")  # row 0 is posterior in RAS+
+        axis.set_title(name, fontsize=9)
+        axis.set_axis_off()
+        for k in range(1, len(classes) + 1) if labels is not None else ():
+            region = labels == k
+            if region.any():
+                colour = COLOURS[(k - 1) % len(COLOURS)]
+                axis.contourf(region, levels=[0.5, 1.5], colors=[colour], alpha=FILL)
+                axis.contour(region, levels=[0.5], colors=[colour], linewidths=LINE)
+    patches = [Patch(facecolor=COLOURS[k % len(COLOURS)], label=name) for k, name in enumerate(classes)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[str, np.ndarray]], study, title: str) -> list[Path]:
+    """Write downstream.overlays pictures, spread over the test volumes: CASE.png shows the slice with the most foreground of the truth, at
+    data.size.
+
+    predictions: {arm: {case id: labels [Z, H, W] at the prepared shape}}. Dice in the panels' titles is the whole volume's. Returns the
+    paths.
+    """
+    from pix2rep.checkpoint import atomic
+    from pix2rep.data.cache import crop_or_pad
+
+    count = min(study.config.downstream.overlays, len(cases))
+    chosen = [cases[round(i)] for i in np.linspace(0, len(cases) - 1, count)] if count else []
+    paths, size = [], study.config.data.size[-2:]
+    for case in chosen:
+        truth = np.asarray(case.labels())
+        z = int((truth > 0).sum((1, 2)).argmax())
+        panels = {"image": None, "truth": truth[z]}
+        for arm, volumes in predictions.items():
+            score = metrics.nanmean(metrics.dice(volumes[case.id], truth, len(study.classes)))
+            panels[f"{arm}, Dice {score:.2f}"] = volumes[case.id][z]
+        panels = {name: None if labels is None else crop_or_pad(labels, size) for name, labels in panels.items()}
+        image = crop_or_pad(np.asarray(case.image()[z], np.float32), size)
+        path = folder / f"{case.id}.png"
+        figure = draw(image, panels, study.classes, f"{title}: {case.id}, slice {z + 1} of {len(truth)}")
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png")
+        paths.append(path)
+    return paths

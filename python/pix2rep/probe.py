@@ -1,0 +1,107 @@
+"""Linear probe: one 1x1 layer on the features of a frozen backbone."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+MAX_PIXELS = 2**22  # labelled pixels kept: 512 MiB of float32 at 32 features
+PIXELS_A_STEP = 2**14  # drawn from all labelled slices: to a linear layer a better batch than a few whole slices
+
+
+@torch.no_grad()
+def features(backbone, images: torch.Tensor, batch_size: int = 32):
+    """Yield features [b, C, *S] of images [N, 1, *S], batch by batch, with the backbone in eval mode."""
+    backbone.eval()
+    for start in range(0, len(images), batch_size):
+        yield backbone(images[start : start + batch_size])
+
+
+@torch.no_grad()
+def labelled_pixels(backbone, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
+    """Feature rows [P, C] and labels [P] of at most MAX_PIXELS pixels of images [N, 1, *S], labels int64 [N, *S]."""
+    share = min(1.0, MAX_PIXELS / labels.numel())
+    rows, targets = [], []
+    for start, maps in zip(range(0, len(images), 32), features(backbone, images), strict=True):
+        flat, target = maps.movedim(1, -1).flatten(0, -2), labels[start : start + 32].flatten()
+        if share < 1:
+            keep = torch.randperm(len(flat), generator=generator)[: int(share * len(flat))].to(flat.device)
+            flat, target = flat[keep], target[keep]
+        rows.append(flat)
+        targets.append(target)
+    return torch.cat(rows), torch.cat(targets)
+
+
+def class_weights(kind: str, targets: torch.Tensor, classes: int) -> torch.Tensor:
+    """Cross-entropy weights [classes + 1]: "none": ones; "balanced": inverse frequency; "sqrt": its root. Mean 1 over the classes present;
+    absent ones get 1.
+    """
+    if kind not in ("none", "sqrt", "balanced"):
+        raise ValueError(f'downstream.class_weights must hold "none", "sqrt" or "balanced", got {kind!r}')
+    counts = torch.bincount(targets, minlength=classes + 1).double()
+    power = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}[kind]
+    weights = counts.clamp_min(1).pow(-power)
+    weights = weights / weights[counts > 0].mean()
+    return torch.where(counts > 0, weights, 1.0).float()
+
+
+def fit(rows: torch.Tensor, targets: torch.Tensor, classes: int, config, seed: int) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
+    """Train one linear layer for each learning rate and class weighting of `config` (DownstreamConfig), side by side on the same batches.
+
+    rows [P, C]; targets int64 [P] in 0..classes. The loss is weighted cross-entropy plus soft Dice over the classes (background left out);
+    AdamW, cosine. Rows are standardised feature by feature inside, and the layers that come back undo it: they act on raw features.
+    Returns (settings, weight [G, classes + 1, C], bias [G, classes + 1]), one entry a setting.
+    """
+    settings = [{"lr": lr, "class_weights": kind} for lr in config.probe_lr for kind in config.class_weights]
+    if not settings:
+        raise ValueError(
+            f"downstream.probe_lr and downstream.class_weights must not be empty, got {config.probe_lr} and {config.class_weights}"
+        )
+    mean = rows.mean(0)
+    deviation = rows.std(0).clamp_min(1e-6 * rows.std().clamp_min(1e-6))  # a dead feature stays dead
+    generator = torch.Generator().manual_seed(seed)
+    shape = (classes + 1, rows.shape[1])
+    start = 0.01 * torch.randn(shape, generator=generator).to(rows.device)
+    layers = [(start.clone().requires_grad_(), start.new_zeros(classes + 1).requires_grad_()) for _ in settings]
+    groups = [{"params": layer, "lr": s["lr"]} for layer, s in zip(layers, settings, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.probe_steps, 1))
+    weights = torch.stack([class_weights(s["class_weights"], targets, classes) for s in settings])  # [G, K + 1]
+    for _ in range(config.probe_steps):
+        picked = torch.randint(len(rows), (min(PIXELS_A_STEP, len(rows)),), generator=generator).to(rows.device)
+        x, y = (rows[picked] - mean) / deviation, targets[picked]
+        weight = torch.stack([w for w, _ in layers])
+        bias = torch.stack([b for _, b in layers])
+        logits = torch.addmm(bias.flatten(), x, weight.flatten(0, 1).T).unflatten(1, bias.shape)  # [P, G, K + 1]
+        loss = _loss(logits, y, weights)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    weight = torch.stack([w.detach() for w, _ in layers]) / deviation
+    bias = torch.stack([b.detach() for _, b in layers]) - weight @ mean
+    return settings, weight, bias
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum over G settings of their loss: the settings share no parameter, so each gets its own gradient. logits [P, G, K + 1], targets [P],
+    weights [G, K + 1].
+    """
+    log_p = F.log_softmax(logits, -1)
+    truth = F.one_hot(targets, logits.shape[-1]).to(logits.dtype)  # [P, K + 1]
+    w = weights[:, targets]  # [G, P]
+    nll = -log_p.gather(-1, targets[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(-1)  # [P, G]
+    cross_entropy = (w.T * nll).sum(0) / w.sum(1)
+    p = log_p.exp()
+    overlap = torch.einsum("pgk,pk->gk", p, truth)
+    soft_dice = (2 * overlap + 1e-5) / (p.sum(0) + truth.sum(0) + 1e-5)
+    return (cross_entropy + 1 - soft_dice[:, 1:].mean(1)).sum()
+
+
+@torch.no_grad()
+def predict_all(backbone, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> np.ndarray:
+    """Labels of every setting at once: images [N, 1, *S], weight [G, K + 1, C], bias [G, K + 1] -> uint8 [G, N, *S]."""
+    out = []
+    for maps in features(backbone, images):
+        logits = torch.einsum("gkc,bc...->gbk...", weight, maps) + bias[:, None, :].reshape(*bias.shape[:1], 1, -1, *[1] * (maps.ndim - 2))
+        out.append(logits.argmax(2).to(torch.uint8).cpu())
+    return torch.cat(out, 1).numpy()

@@ -1,0 +1,92 @@
+"""What every downstream command starts from: a run's data, its split by patient, its classes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pix2rep.config import Config
+from pix2rep.data.cache import Prepared, PreparedCase, crop_or_pad, prepare, uncrop
+from pix2rep.data.discover import Case, class_names, discover
+from pix2rep.data.nifti import read_labels
+from pix2rep.data.splits import read_split
+
+
+@dataclass(frozen=True)
+class Study:
+    """Prepared volumes, split by patient. `classes` names labels 1..K; `cases` are the source files by case id."""
+
+    run: Path
+    config: Config
+    prepared: Prepared
+    cases: dict[str, Case]
+    split: dict
+    classes: tuple[str, ...]
+    device: torch.device
+
+    def volumes(self, part: str) -> list[PreparedCase]:
+        """Labelled volumes of one part of the split ("pretrain", "val", "test"). Raises ValueError where there are none."""
+        found = self.labelled(self.split[part])
+        if not found:
+            raise ValueError(
+                f"split part {part!r} must hold at least one patient with labels, got {len(self.split[part])} patients and no label "
+                f"({self.run / 'split.json'}, data.root={self.config.data.root})"
+            )
+        return found
+
+    def labelled(self, patients: list[str]) -> list[PreparedCase]:
+        """Labelled volumes of some patients, in order of id."""
+        return [case for case in self.prepared.cases if case.patient in set(patients) and case.label_file is not None]
+
+    def items(self, case: PreparedCase, what: str) -> np.ndarray:
+        """`what` ("image" or "labels") of a volume at data.size: [Z, H, W] for slices, [1, D, H, W] for a three-entry size."""
+        size = self.config.data.size
+        array = crop_or_pad(np.asarray(getattr(case, what)()), size)
+        return array if len(size) == 2 else array[None]
+
+    def volume(self, items: np.ndarray, case: PreparedCase) -> np.ndarray:
+        """Inverse of `items`: labels at data.size back to the prepared shape [Z, H, W], background where the crop had cut."""
+        dims = len(self.config.data.size)
+        return uncrop(items if dims == 2 else items[0], case.shape[3 - dims :])
+
+    def stack(self, cases: list[PreparedCase]) -> tuple[torch.Tensor, torch.Tensor]:
+        """All items of `cases`, on the device: images float32 [N, 1, *size] in [0, 1], labels int64 [N, *size]."""
+        images = torch.from_numpy(np.concatenate([self.items(case, "image") for case in cases])).float()
+        labels = torch.from_numpy(np.concatenate([self.items(case, "labels") for case in cases])).long()
+        return images[:, None].to(self.device), labels.to(self.device)
+
+    def truth(self, case: PreparedCase) -> np.ndarray:
+        """Labels of the source file itself, uint8 [Z, H, W] in canonical axes, neither cropped nor resampled."""
+        return read_labels(self.cases[case.id].label).transpose(2, 1, 0)
+
+
+def open_study(run: Path, config: Config) -> Study:
+    """The study of a pre-training run, prepared again where data options have changed.
+
+    Raises FileNotFoundError when the folder has no split.json, ValueError when nothing is labelled or data.classes does not fit the labels.
+    """
+    from pix2rep.pretrain import pick_device
+
+    run = Path(run)
+    if not (run / "split.json").is_file():
+        raise FileNotFoundError(f"run must be a folder written by `pix2rep pretrain` (with split.json), got {run}")
+    if config.pretrain.threads:
+        torch.set_num_threads(config.pretrain.threads)
+    cases = discover(config.data.root)
+    prepared = prepare(cases, config.data, config.data.cache or run / "cache")
+    split = read_split(run / "split.json", cases)
+    return Study(run, config, prepared, {c.id: c for c in cases}, split, _classes(prepared, config), pick_device(config.pretrain.device))
+
+
+def _classes(prepared: Prepared, config: Config) -> tuple[str, ...]:
+    labelled = sum(case.label_file is not None for case in prepared.cases)
+    highest = prepared.num_classes
+    if highest == 0:
+        raise ValueError(
+            f"data.root must hold labels above 0, got {labelled} label files for {len(prepared.cases)} volumes in {config.data.root}"
+        )
+    names = tuple(config.data.classes) or class_names(config.data.root) or tuple(str(k) for k in range(1, highest + 1))
+    if highest > len(names):
+        raise ValueError(f"data.classes must name labels 1..{highest}, got {len(names)} names: {', '.join(names)}")
+    return names
