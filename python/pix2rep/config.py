@@ -117,13 +117,17 @@ class DownstreamConfig:
     seeds: tuple[int, ...] = (0, 1, 2)  # each draws its own labelled patients
     probe_steps: int = 400
     probe_lr: tuple[float, ...] = (0.1, 0.02, 7.6e-3)  # tried on the validation patients, for both arms
-    class_weights: tuple[str, ...] = ("none", "balanced")  # tried likewise
+    class_weights: tuple[Literal["none", "sqrt", "balanced"], ...] = ("none", "balanced")  # inverse frequency to the power 0, 1/2, 1; likewise
     finetune_steps: int = 400
     finetune_batch_size: int = 16
     finetune_lr: tuple[float, ...] = (5e-4, 2e-3)  # backbone; tried likewise, for both arms
     finetune_head_lr: float = 1e-2
     weight_decay: float = 1e-5
-    augment: bool = True  # fine-tuning only
+    augment: bool = True  # fine-tuning only: the spatial changes below, then `photometric`
+    augment_p: float = 0.8  # probability of the spatial ones, per image
+    augment_rotation: float = 45.0  # degrees, U(-r, r); flips as in `spatial`
+    augment_scale: tuple[float, float] = (0.7, 1.0)  # crop scale, U
+    augment_translation: float = 0.1  # share of half the image, U(-t, t) per axis
     overlays: int = 6  # pictures a run
     bootstrap: int = 2000  # resamples of patients for the 95 % interval
 
@@ -226,10 +230,11 @@ def check(config: Config) -> None:
 
 
 _AT_LEAST = {
-    0: "data.roi_margin split.val split.test network.head_depth pretrain.weight_decay pretrain.warmup",
+    0: "data.roi_margin split.val split.test split.seed pretrain.seed downstream.seeds"
+    " network.head_depth pretrain.weight_decay pretrain.warmup",
     1: "data.size network.channels network.features network.head_hidden network.projection loss.num_samples"
     " pretrain.steps pretrain.batch_size pretrain.accumulate pretrain.threads pretrain.log_every pretrain.checkpoint_every pretrain.keep"
-    " downstream.labelled downstream.probe_steps downstream.finetune_steps downstream.finetune_batch_size",
+    " downstream.labelled downstream.probe_steps downstream.finetune_steps downstream.finetune_batch_size downstream.bootstrap",
 }
 
 
