@@ -1,0 +1,67 @@
+// Typed, strided views of stable tensors: what a kernel body needs to know of a tensor.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "check.h"
+
+namespace pix2rep {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls f with a value of the C++ type that `type` stands for; the four types the ops accept.
+template <class F>
+auto with_float_type(ScalarType type, const char* argument, F&& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "`", argument, "` must be float16, bfloat16, float32 or float64, got scalar type ", int(type));
+  }
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// A matrix or vector of one group of a [G, N] or [G, N, D] tensor.
+template <class T>
+struct Strided {
+  const T* data = nullptr;
+  int64_t group = 0, row = 0, column = 0;  // strides in elements
+
+  explicit operator bool() const { return data != nullptr; }
+  const T& operator()(int64_t g, int64_t i) const { return data[g * group + i * row]; }
+  const T* rows(int64_t g, int64_t i) const { return data + g * group + i * row; }
+};
+
+template <class T>
+Strided<T> strided(const Tensor& tensor) {
+  return {data<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.dim() > 2 ? tensor.stride(2) : 0};
+}
+
+template <class T>
+Strided<T> strided(const std::optional<Tensor>& tensor) {
+  return tensor ? strided<T>(*tensor) : Strided<T>{};
+}
+
+}  // namespace pix2rep
