@@ -117,7 +117,7 @@ class DownstreamConfig:
     seeds: tuple[int, ...] = (0, 1, 2)  # each draws its own labelled patients
     probe_steps: int = 400
     probe_lr: tuple[float, ...] = (0.1, 0.02, 7.6e-3)  # tried on the validation patients, for both arms
-    class_weights: tuple[Literal["none", "sqrt", "balanced"], ...] = ("none", "balanced")  # inverse frequency to the power 0, 1/2, 1; likewise
+    class_weights: tuple[Literal["none", "sqrt", "balanced"], ...] = ("none", "balanced")  # inverse frequency ** 0, 1/2, 1; likewise
     finetune_steps: int = 400
     finetune_batch_size: int = 16
     finetune_lr: tuple[float, ...] = (5e-4, 2e-3)  # backbone; tried likewise, for both arms

@@ -1,0 +1,173 @@
+"""The command `pix2rep`. Every command imports what it needs when it runs: `--help` must not wait for PyTorch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+DEBUG = "debug"
+
+
+class _Group(TyperGroup):
+    """Ends a command in one line and an exit code: an error's own `exit_code`, 2 for input that cannot be used. Bugs keep their traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            code = getattr(error, "exit_code", 2 if isinstance(error, ValueError | OSError) else None)
+            if code is None or ctx.params.get(DEBUG):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(code) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pre-train a segmentation network on unlabelled medical images, then probe or fine-tune it with a few labels.",
+)
+
+Data = Annotated[
+    Path,
+    typer.Argument(metavar="DATA", help="Folder of .nii or .nii.gz volumes: ACDC's layout, imagesTr/labelsTr, or any.", show_default=False),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Options, such as data.size=64,64 pretrain.steps=2000.", show_default=False),
+]
+
+
+@app.callback()
+def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    pass
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write to.", show_default=False)],
+    patients: Annotated[int, typer.Option(min=1, help="Patients, two volumes each.")] = 40,
+    size: Annotated[int, typer.Option(min=32, help="Pixels a side of a slice.")] = 96,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a labelled set of synthetic cardiac short-axis volumes (ACDC's layout)."""
+    from pix2rep.data.phantom import write_phantoms
+
+    files = write_phantoms(out, patients=patients, seed=seed, size=size)
+    typer.echo(f"{len(files)} files of {patients} patients in {out}", err=True)
+
+
+@app.command()
+def pretrain(
+    data: Data,
+    run: Run,
+    overrides: Overrides = None,
+    config: Annotated[str | None, typer.Option(help="YAML file, or a preset's name (see `pix2rep info`).", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in RUN.")] = False,
+) -> None:
+    """Pre-train a backbone on the volumes of DATA; labels are not looked at. Weights, log and splits go to RUN."""
+    from pix2rep.config import load
+
+    file = run / "config.yaml" if config is None and resume and (run / "config.yaml").is_file() else config
+    options = load(file, overrides or ())
+    _show_logging()
+    from pix2rep.pretrain import run as pretrain_run
+
+    pretrain_run(data, run, options, resume)
+
+
+@app.command()
+def probe(run: Run, overrides: Overrides = None) -> None:
+    """Train a linear layer on the frozen backbone of RUN from a few labelled patients, beside the same on random weights."""
+    _downstream(run, overrides, "probe")
+
+
+@app.command()
+def finetune(run: Run, overrides: Overrides = None) -> None:
+    """Fine-tune the backbone of RUN from a few labelled patients, beside the same from random weights."""
+    _downstream(run, overrides, "finetune")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    overrides: Overrides = None,
+    predictions: Annotated[Path | None, typer.Option(help="Folder for the predicted labels as NIfTI files.", show_default=False)] = None,
+) -> None:
+    """Score the probes and fine-tuned models saved in RUN on its test patients again: 3D Dice and HD95 a class."""
+    config = _config_of(run, overrides)
+    _show_logging()
+    from pix2rep.evaluate import run as evaluate_run
+
+    evaluate_run(run, config, predictions=predictions)
+
+
+@app.command()
+def check(
+    run: Run,
+    probe_above_random: Annotated[
+        bool, typer.Option("--probe-above-random", help="The pre-trained one-shot probe's mean Dice must exceed the random one's.")
+    ] = False,
+) -> None:
+    """Exit with 1 unless the results in RUN hold what is asked."""
+    if not probe_above_random:
+        raise typer.BadParameter("say what to check: --probe-above-random")
+    from pix2rep.report import probe_above_random as holds
+
+    if not holds(run):
+        raise typer.Exit(1)
+
+
+@app.command()
+def info() -> None:
+    """Print versions, devices and presets: what a bug report needs."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from pix2rep.config import PRESETS
+
+    typer.echo(f"{'python':<16} {platform.python_version()} ({platform.platform()})")
+    for package in ("pix2rep-kernels", "torch", "triton", "monai", "nibabel", "numpy", "scikit-image", "safetensors", "tensorboard"):
+        try:
+            typer.echo(f"{package:<16} {version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"{package:<16} not installed")
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    typer.echo(f"{'devices':<16} cpu ({torch.get_num_threads()} threads){''.join(f', {name}' for name in gpus)}")
+    typer.echo(f"{'presets':<16} {', '.join(sorted(path.stem for path in PRESETS.glob('*.yaml')))}")
+    typer.echo("kernels          python -m pix2rep_kernels")
+
+
+def main() -> None:
+    app(prog_name="pix2rep")
+
+
+def _downstream(run: Path, overrides: list[str] | None, what: str) -> None:
+    config = _config_of(run, overrides)
+    _show_logging()
+    from pix2rep.downstream import run as downstream_run
+
+    downstream_run(run, config, what=what)
+
+
+def _config_of(run: Path, overrides: list[str] | None):
+    from pix2rep.config import load
+
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"run must be a folder written by pix2rep pretrain (with config.yaml), got {run}")
+    return load(file, overrides or ())
+
+
+def _show_logging() -> None:
+    from pix2rep.log import show_logging
+
+    show_logging()

@@ -1,0 +1,180 @@
+"""Networks, optimiser and data of a pre-training run, and one step of it.
+
+Batches, views and pixel draws are functions of (pretrain.seed, step, micro-batch) and nothing else, so a run that stops and resumes ends in
+the weights of one that did not.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pix2rep.config import Config, PretrainConfig, to_dict
+from pix2rep.data.slices import SliceSource, StepSampler
+from pix2rep.methods import build_method
+from pix2rep.networks import build_backbone, channels_last, projection_head
+
+
+class Training:
+    """Everything that a step touches."""
+
+    def __init__(self, config: Config, device: torch.device, source: SliceSource):
+        opt = config.pretrain
+        torch.manual_seed(opt.seed)  # the initial weights
+        layout = channels_last(config.network.dims)
+        self.config, self.device, self.source = config, device, source
+        self.method = build_method(config)
+        self.backbone = build_backbone(config.network).to(device, memory_format=layout).train()
+        self.head = projection_head(config.network, self.backbone.out_channels).to(device, memory_format=layout).train()
+        self.parameters = [*self.backbone.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=opt.lr, weight_decay=opt.weight_decay, fused=device.type == "cuda")
+        self.amp = pick_amp(opt.amp, device)
+        self.networks = tuple(self._callable(net) for net in (self.backbone, self.head))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
+        self.generator = torch.Generator(device)
+        self.pending: list[Tensor] = []  # losses still on the device: reading one every step would make the CPU wait for the GPU
+        self.losses: list[float] = []  # of the micro-batches since the last row of the log, known to be finite
+        self.seconds = 0.0  # in the loop, over all sessions
+
+    def step(self, step: int, batches: Iterator[Tensor], monitor: bool) -> dict[str, float]:
+        """Update the weights by `accumulate` micro-batches; returns the collapse statistics of the last one when `monitor`."""
+        opt, stats = self.config.pretrain, {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(opt, step)
+        for micro in range(opt.accumulate):
+            images = next(batches).to(self.device, non_blocking=True)  # [B, 1, *S]
+            seed = seed_of(opt.seed, step * opt.accumulate + micro)
+            torch.manual_seed(seed)  # dropout of a custom backbone
+            self.generator.manual_seed(seed)
+            loss, stats = self.method.step(*self.networks, images, self.generator, monitor and micro == opt.accumulate - 1)
+            self.scaler.scale(loss / opt.accumulate).backward()
+            self.pending.append(loss.detach())
+        if opt.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, opt.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return stats
+
+    def _callable(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The network as a method calls it, compiled and in mixed precision where wanted; views and loss stay outside."""
+        compiled = torch.compile(network) if self.config.pretrain.compile else network
+
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                return compiled(x)
+
+        return call
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        """Images of the micro-batches from step `start` to the end, each read while the one before is used."""
+        opt = self.config.pretrain
+        sampler = self.sampler()
+        first, last = start * opt.accumulate, opt.steps * opt.accumulate
+
+        def read(index: int) -> Tensor:
+            images = self.source.batch(sampler.indices(index))[0]
+            return images.pin_memory() if self.device.type == "cuda" else images
+
+        with ThreadPoolExecutor(1, "pix2rep-data") as pool:
+            coming = pool.submit(read, first)
+            for index in range(first, last):
+                images = coming.result()
+                if index + 1 < last:
+                    coming = pool.submit(read, index + 1)
+                yield images
+
+    def sampler(self) -> StepSampler:
+        """Which slices a micro-batch holds, by its index (step * accumulate + micro)."""
+        return StepSampler(len(self.source), self.config.pretrain.batch_size, self.config.pretrain.seed)
+
+    def collect(self, done: int) -> tuple[int, float] | None:
+        """Move the losses of the steps up to `done` to the host. Returns (micro-batch index, loss) of the first that is not finite."""
+        first = done * self.config.pretrain.accumulate - len(self.pending)
+        values = torch.stack(self.pending).tolist()
+        self.pending.clear()
+        self.losses += values
+        return next(((index, value) for index, value in enumerate(values, first) if not math.isfinite(value)), None)
+
+    def weights_are_finite(self) -> bool:
+        weights = [*self.backbone.state_dict().values(), *self.head.state_dict().values()]
+        return bool(torch.stack([value.isfinite().all() for value in weights]).all())
+
+    def state(self, done: int) -> dict:
+        """What `restore` needs to go on after step `done`."""
+        return {
+            "step": done,
+            "config": to_dict(self.config),
+            "cases": self.cases(),
+            "slices": len(self.source),
+            "backbone": self.backbone.state_dict(),
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "losses": self.losses,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Continue from a checkpoint. Raises ValueError when the data are not those that it was made with."""
+        before, now = state["cases"], self.cases()
+        if before != now or state["slices"] != len(self.source):
+            missing, new = (", ".join(sorted(set(a) - set(b))) or "none" for a, b in ((before, now), (now, before)))
+            raise ValueError(
+                f"data must be those of the checkpoint, {len(before)} volumes with {state['slices']} slices, got {len(now)} with"
+                f" {len(self.source)}; missing: {missing}; new: {new}"
+            )
+        for name in ("backbone", "head", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.losses, self.seconds = list(state["losses"]), state["seconds"]
+
+    def cases(self) -> list[str]:
+        return [case.id for case in self.source.cases]
+
+    def summary(self) -> str:
+        opt, count = self.config.pretrain, sum(p.numel() for p in self.parameters)
+        amp = "off" if self.amp is None else str(self.amp).removeprefix("torch.")
+        return (
+            f"pre-training on {len(self.source)} slices of {len({case.patient for case in self.source.cases})} patients,"
+            f" {opt.batch_size} x {opt.accumulate} a step; {count / 1e6:.2f} M parameters on {self.device}, mixed precision {amp}"
+        )
+
+
+def learning_rate(opt: PretrainConfig, step: int) -> float:
+    """Rate of a step counted from 0: linear warm-up over `warmup` of the steps, then constant or half a cosine to 0."""
+    warmup = round(opt.warmup * opt.steps)
+    if step < warmup:
+        return opt.lr * (step + 1) / warmup
+    if opt.schedule == "constant":
+        return opt.lr
+    return opt.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (opt.steps - warmup)))
+
+
+def seed_of(seed: int, index: int) -> int:
+    """64-bit seed of a micro-batch: neighbouring seeds and indices share no stream."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto": CUDA where there is one. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a CPU build of PyTorch asserts
+        raise ValueError(f"pretrain.device must be a device of this machine, got {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """Type of autocast, None for full precision."""
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
