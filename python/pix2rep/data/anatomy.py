@@ -38,6 +38,10 @@ def spline_basis(positions: np.ndarray, points: int) -> np.ndarray:
     return basis
 
 
+def _harmonics(rng, spread: float, orders: tuple[int, ...]) -> np.ndarray:
+    return sum(rng.normal(0, spread / k**0.5) * np.cos(k * _ANGLE + rng.uniform(0, 2 * np.pi)) for k in orders)
+
+
 @dataclass(frozen=True)
 class Plane:
     """Pixel centres of one slice and the smooth fields on it."""
@@ -78,13 +82,10 @@ class Body:
         self.rv_skew, self.rv_end = rng.uniform(-0.3, 0.3), rng.uniform(0.8, 0.97)
         self.rotation = np.deg2rad(rng.uniform(-45, 45))
         shift = 0.11 * self.fov
-        self.centre = np.array([rng.uniform(-1.2, 1.2) * shift, rng.uniform(-1.0, 0.8) * shift])
-        self.tilt = rng.uniform(-0.12, 0.12, 2)  # mm in plane a mm along the axis
-        bumps = np.arange(2, 6)
-        self.outline = sum(
-            rng.normal(0, 0.04 / k**0.5) * np.cos(k * _ANGLE + rng.uniform(0, 2 * np.pi)) for k in bumps
-        )
-        self.thickness = 1 + sum(rng.normal(0, 0.08 / k**0.5) * np.cos(k * _ANGLE + rng.uniform(0, 2 * np.pi)) for k in (1, 2, 3))
+        self.centre = np.array([rng.uniform(-1.2, 1.2) * shift, rng.uniform(-1.0, 0.8) * shift], np.float32)
+        self.tilt = rng.uniform(-0.12, 0.12, 2).astype(np.float32)  # mm in plane a mm along the axis
+        self.outline = _harmonics(rng, 0.04, (2, 3, 4, 5))
+        self.thickness = 1 + _harmonics(rng, 0.08, (1, 2, 3))
         septum = np.exp(-(((_ANGLE - np.pi) / 0.9) ** 2))
         if self.group == "HCM":
             self.thickness += rng.uniform(0.3, 0.9) * septum
@@ -95,7 +96,10 @@ class Body:
             away = np.angle(np.exp(1j * (_ANGLE - rng.uniform(0, 2 * np.pi))))
             self.scar = np.exp(-((away / rng.uniform(0.5, 0.9)) ** 4))
             self.thickness *= 1 - rng.uniform(0.25, 0.55) * self.scar
-        self.fat = rng.uniform(1.5, 9) * (0.5 + 0.5 * np.cos(_ANGLE - np.pi + rng.uniform(-0.6, 0.6))) + rng.uniform(0.5, 2)
+        # Thick over the RV and in the grooves, next to nothing where the LV touches the lung.
+        lobes = _harmonics(rng, 0.9, (2, 3, 5, 7))
+        fat = rng.uniform(2, 9) * np.clip(0.35 + 0.65 * np.cos(_ANGLE - np.pi + rng.uniform(-0.6, 0.6)) + lobes, 0, None)
+        self.fat = fat.astype(np.float32)
         self.papillary = [(rng.uniform(0.5, 1.1), rng.uniform(3, 5)), (rng.uniform(-1.3, -0.6), rng.uniform(3, 5))]
         self.papillary_range = (rng.uniform(0.1, 0.25), rng.uniform(0.65, 0.85))
         self.trabeculae = rng.uniform(0.15, 0.5)
@@ -103,35 +107,41 @@ class Body:
 
     def _draw_chest(self, rng) -> None:
         hx, hy = self.centre
-        self.half = np.array([rng.uniform(120, 165), rng.uniform(95, 130)])
-        self.middle = np.array([hx + rng.uniform(72, 112) - self.half[0], hy - rng.uniform(55, 85) + self.half[1]])
+        self.half = np.array([rng.uniform(120, 165), rng.uniform(95, 130)], np.float32)
+        self.middle = np.array([hx + rng.uniform(72, 112) - self.half[0], hy - rng.uniform(55, 85) + self.half[1]], np.float32)
         self.skin, self.chest_muscle = rng.uniform(4, 24), rng.uniform(7, 15)
         self.ribs, self.rib_phase = rng.integers(14, 24), rng.uniform(0, 2 * np.pi)
-        self.diaphragm, self.slope = hy + rng.uniform(28, 50), rng.uniform(-0.25, 0.35)
-        self.right_lung = hx - rng.uniform(55, 85)
+        self.diaphragm, self.slope = hy + rng.uniform(26, 48), rng.uniform(-0.35, 0.35)
+        self.middle_fat = hx - rng.uniform(10, 45), hy + rng.uniform(-25, 20), rng.uniform(20, 45), rng.uniform(25, 50)
         # Fields over the plane, with four control points along the axis: neighbours in z look alike.
-        self.bend = rng.normal(0, 9, (2, 4, 8, 8))
-        self.layers = rng.normal(0, 1, (3, 4, 8, 8))
+        self.bend = rng.normal(0, 17, (2, 4, 8, 8))
+        self.layers = rng.normal(0, 1.6, (3, 4, 8, 8))
+        self.breath = rng.uniform(0.9, 1.3)  # threshold of the lung's vessels
 
     def _draw_organs(self, rng) -> None:
-        hx, hy = self.centre
-        below = self.diaphragm
-        self.liver_edge = hx + rng.uniform(-25, 45)
-        # (x, y, half axes, turn, wall, outside tissue, inside tissue, first and last position along the axis)
-        ring = lambda x, y, a, b, wall, outer, inner, span: (x, y, a, b, rng.uniform(0, np.pi), wall, outer, inner, span)  # noqa: E731
-        always, u = (-1.0, 2.0), rng.uniform
-        filling = lambda: rng.choice([CONTENT_1, CONTENT_2, GAS], p=[0.5, 0.3, 0.2])  # noqa: E731
-        late = (u(-0.2, 0.4), 2.0)
-        self.organs = [ring(hx + u(60, 95), below + u(10, 40), u(22, 35), u(14, 24), 0, SPLEEN, SPLEEN, always)]
-        self.organs.append(ring(hx + u(15, 60), below + u(18, 40), u(20, 34), u(14, 24), u(3, 6), WALL, filling(), late))
-        for _ in range(rng.integers(2, 5)):
-            r = u(8, 17)
-            span = (u(-0.5, 0.5), u(0.5, 1.5))
-            self.organs.append(ring(hx + u(-40, 85), below + u(18, 70), r, r * u(0.7, 1), u(2.5, 7), WALL, filling(), span))
-        self.organs.append(ring(hx + u(-55, -15), below + u(10, 35), u(7, 12), u(6, 9), 0, AORTA, AORTA, always))  # inferior vena cava
+        """Ellipses, later ones on top: (x, y, half axes, turn, wall, its tissue, the inside's, span along the axis)."""
+        u = rng.uniform
+        (hx, hy), below, always = self.centre, self.diaphragm, (-1.0, 2.0)
+        self.liver_edge = hx + u(-25, 45)
+        self.organs = []
+
+        def add(x, y, a, b, wall, outer, inner, span=always):
+            self.organs.append((x, y, a, b, u(0, np.pi), wall, outer, inner, span))
+
+        def filling():  # of stomach and bowel: often as bright as blood inside a wall as dark as the heart's
+            return rng.choice([CONTENT_1, CONTENT_2, GAS], p=[0.5, 0.3, 0.2])
+
+        add(hx + u(-70, 70), below + u(45, 75), u(20, 28), u(14, 18), u(2, 4), SPLEEN, CONTENT_2)  # kidney
+        add(hx + u(60, 95), below + u(10, 40), u(22, 35), u(14, 24), 0, SPLEEN, SPLEEN)
+        add(hx + u(15, 60), below + u(18, 40), u(20, 34), u(14, 24), u(3, 6), WALL, filling(), (u(-0.2, 0.4), 2.0))  # stomach
+        for _ in range(rng.integers(4, 9)):  # bowel
+            r = u(7, 20)
+            span = (u(-0.6, 0.5), u(0.5, 1.6))
+            add(hx + u(-60, 95), below + u(14, 75), r, r * u(0.65, 1), r * u(0.15, 0.5), WALL, filling(), span)
+        add(hx + u(-55, -15), below + u(10, 35), u(7, 12), u(6, 9), 0, AORTA, AORTA)  # inferior vena cava
         r = u(9, 13)
-        self.organs.append(ring(hx + u(5, 45), hy + u(52, 80), r, r * u(0.9, 1), u(1.5, 2.5), MUSCLE, AORTA, always))  # descending aorta
-        self.organs.append(ring(hx + u(-25, 15), hy + u(85, 110), u(17, 22), u(15, 19), u(2, 3), MUSCLE, MARROW, always))  # vertebra
+        add(hx + u(5, 45), hy + u(52, 80), r, r * u(0.9, 1), u(1.5, 2.5), MUSCLE, AORTA)  # descending aorta
+        add(hx + u(-25, 15), hy + u(85, 110), u(17, 22), u(15, 19), u(2, 3), MUSCLE, MARROW)  # vertebra
 
     def depth(self, z: float, systole: bool) -> float:
         """Share of the LV's length at z mm below the end-diastolic base: 0 at the base, 1 at the apex; the base descends in systole."""
@@ -151,41 +161,47 @@ class Body:
 
     def _surroundings(self, plane, x, y, z, layers, rng) -> np.ndarray:
         px, py = (x - self.middle[0]) / self.half[0], (y - self.middle[1]) / self.half[1]
-        depth = (1 - (np.abs(px) ** 2.6 + np.abs(py) ** 2.6) ** (1 / 2.6)) * self.half.min()
+        depth = (1 - np.cbrt(px * px * np.abs(px) + py * py * np.abs(py))) * self.half.min()  # between ellipse and rectangle
         skin = self.skin * (1 + 0.35 * layers[0])
         fine = plane.field(rng.normal(0, 1, (64, 64)))
-        tissue = np.where(fine > 1.1, VESSEL, LUNG).astype(np.uint8)
-        below = y - self.diaphragm - self.slope * (x - self.centre[0]) + 5 * layers[1]
-        tissue[(x < self.right_lung) & (layers[2] > 0.2)] = FAT
+        tissue = np.where(fine > self.breath, VESSEL, LUNG).astype(np.uint8)
+        below = y - self.diaphragm - self.slope * (x - self.centre[0]) + 12 * layers[1]
+        mediastinum = ((x - self.middle_fat[0]) / self.middle_fat[2]) ** 2 + ((y - self.middle_fat[1]) / self.middle_fat[3]) ** 2
+        tissue[mediastinum + 0.5 * layers[0] + 0.3 * layers[1] < 1] = FAT
         tissue[below > -3] = MUSCLE
         tissue[below > 0] = FAT
-        liver = (below > 2) & (x < self.liver_edge + 8 * layers[2])
+        liver = (below > 2) & (x < self.liver_edge + 18 * layers[2])
         tissue[liver] = LIVER
         tissue[liver & (fine > 1.35)] = VESSEL
-        t = z / self.length
+        self._paint_organs(plane, x, y, z / self.length, tissue)
+        chest = np.nonzero(depth < skin + self.chest_muscle)
+        share = (depth[chest] - skin[chest]) / self.chest_muscle  # 0 at the skin's fat, 1 at the lung
+        rib = (np.cos(self.ribs * np.arctan2(py[chest], px[chest]) + self.rib_phase) > 0.5) & (share > 0.25) & (share < 0.8)
+        layer = np.where(rib, MARROW, MUSCLE)
+        layer[(fine[chest] > 0.9) | (share < 0)] = FAT
+        layer[depth[chest] < 0] = AIR
+        tissue[chest] = layer
+        return tissue
+
+    def _paint_organs(self, plane, x, y, t, tissue) -> None:
         for cx, cy, a, b, turn, wall, outer, inner, (first, last) in self.organs:
             if not first < t < last:
                 continue
-            c, s = np.cos(turn), np.sin(turn)
-            dx, dy = x - cx, y - cy
-            q = np.sqrt(((c * dx + s * dy) / a) ** 2 + ((c * dy - s * dx) / b) ** 2)
+            reach = max(a, b) + 35  # bent coordinates differ from straight ones by less
+            rows, columns = np.searchsorted(plane.y[:, 0], (cy - reach, cy + reach)), np.searchsorted(plane.x[0], (cx - reach, cx + reach))
+            window = slice(*rows), slice(*columns)
+            c, s, part = np.float32(np.cos(turn)), np.float32(np.sin(turn)), tissue[window]
+            dx, dy = x[window] - np.float32(cx), y[window] - np.float32(cy)
+            q = np.sqrt(((c * dx + s * dy) / np.float32(a)) ** 2 + ((c * dy - s * dx) / np.float32(b)) ** 2)
             if outer == WALL:
-                tissue[q < 1 + 4 / a] = FAT
-            tissue[q < 1] = outer
-            tissue[q < 1 - wall / b] = inner
-        chest = depth < skin + self.chest_muscle
-        tissue[chest] = MUSCLE
-        rib = chest & (np.cos(self.ribs * np.arctan2(py, px) + self.rib_phase) > 0.5) & (depth > skin + 0.25 * self.chest_muscle)
-        tissue[rib & (depth < skin + 0.8 * self.chest_muscle)] = MARROW
-        tissue[chest & (fine > 0.9)] = FAT
-        tissue[depth < skin] = FAT
-        tissue[depth < 0] = AIR
-        return tissue
+                part[q < 1 + 4 / a] = FAT
+            part[q < 1] = outer
+            part[q < 1 - wall / b] = inner
 
     def _heart(self, plane, x, y, z, systole, tissue, labels, rng) -> None:
         centre = self.centre + self.tilt * (z - self.length / 2)
         c, s = np.float32(np.cos(self.rotation)), np.float32(np.sin(self.rotation))
-        dx, dy = x - np.float32(centre[0]), y - np.float32(centre[1])
+        dx, dy = x - centre[0], y - centre[1]
         u, v = c * dx + s * dy, c * dy - s * dx
         rho = np.sqrt(u * u + v * v)
         angle = (np.arctan2(v, u) * (_BINS / (2 * np.pi))).astype(np.int32) % _BINS
@@ -195,11 +211,12 @@ class Body:
             return
         if t > 1.15:
             return
-        inner, outer, free = self._contours(t, systole)
-        shell = np.maximum(outer, free)[angle]
-        tissue[rho < shell + 3 + self.fat[angle]] = FAT
+        inner, outer, free = (radii.astype(np.float32) for radii in self._contours(t, systole))
+        shell = np.maximum(outer, free)
+        wall = np.where(free > outer, np.float32(3), np.float32(0))
+        tissue[rho < (shell + (wall + self.fat) * (1 - 0.5 * min(t, 1)))[angle]] = FAT
         rv = rho < free[angle]
-        tissue[rho < np.where(free > outer, free + 3, 0)[angle]] = RV_WALL
+        tissue[rho < np.where(wall > 0, free + wall, 0)[angle]] = RV_WALL
         tissue[rv] = RV_BLOOD
         fine = plane.field(rng.normal(0, 1, (64, 64)))
         tissue[rv & (fine > 1.25 - self.trabeculae)] = RV_WALL
@@ -208,7 +225,7 @@ class Body:
             tissue[inside] = MYOCARDIUM
             tissue[cavity] = LV_BLOOD
             near_wall = rho > inner[angle] - (2 + 5 * t)
-            tissue[cavity & near_wall & (fine > 1.0 - self.trabeculae)] = PAPILLARY
+            tissue[cavity & near_wall & (fine > 0.9 - self.trabeculae)] = PAPILLARY
             if self.papillary_range[0] < t < self.papillary_range[1]:
                 for where, size in self.papillary:
                     at = 0.68 * inner[int(where / (2 * np.pi) * _BINS) % _BINS]

@@ -239,7 +239,10 @@ def _key(case: Case, config: DataConfig) -> str:
     files = []
     for path in (case.image, case.label):
         if path is not None:
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise VolumeError(f"{path}: cannot be read ({error})") from error
             files.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
     options = {name: asdict(config)[name] for name in ("spacing", "percentiles", "roi", "roi_margin")}
     identity = json.dumps([_VERSION, case.patient, case.frame, files, options], default=list)
