@@ -1,0 +1,412 @@
+"""Volumes in every layout, damaged ones included, to batches of slices and back."""
+
+import gzip
+import json
+import logging
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from pix2rep.config import DataConfig, SplitConfig
+from pix2rep.data import cache
+from pix2rep.data.cache import crop_or_pad, prepare, uncrop
+from pix2rep.data.discover import Case, class_names, discover, disease_group
+from pix2rep.data.nifti import VolumeError, read, read_labels, save_like
+from pix2rep.data.slices import SliceSource, StepSampler
+from pix2rep.data.splits import labelled_patients, make_split, read_split, write_split
+
+REAL = Path(os.environ.get("PIX2REP_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+
+
+def save(path: Path, array: np.ndarray, affine=None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([2.0, 1.5, 8.0, 1.0]) if affine is None else affine), path)
+    return path
+
+
+def volume(shape=(12, 10, 4), seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 500, shape).astype(np.int16)
+
+
+def labels(shape=(12, 10, 4)) -> np.ndarray:
+    array = np.zeros(shape, np.uint8)
+    array[3:7, 2:6, 1:3], array[4:6, 3:5, 1:3] = 1, 2
+    return array
+
+
+def dataset(root: Path, patients: int = 10) -> list[Case]:
+    for p in range(patients):
+        save(root / f"imagesTr/p{p}.nii.gz", volume(seed=p))
+        save(root / f"labelsTr/p{p}.nii.gz", labels())
+    return discover(root)
+
+
+def oriented(array: np.ndarray, codes: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same RAS volume, stored along other axes."""
+    affine = np.diag([2.0, 1.5, 8.0, 1.0])
+    affine[:3, 3] = 5, -7, 11
+    change = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes))
+    stored = nib.orientations.apply_orientation(array, change)
+    return stored, affine @ nib.orientations.inv_ornt_aff(change, array.shape)
+
+
+class TestNifti:
+    @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL", "ILA"])
+    def test_round_trip_through_any_orientation(self, tmp_path, codes):
+        truth = volume(shape=(5, 6, 7))
+        stored, affine = oriented(truth, codes)
+        path = save(tmp_path / "v.nii.gz", stored, affine)
+        found = read(path)
+        assert found.orientation == codes
+        np.testing.assert_array_equal(found.array, truth)
+        np.testing.assert_allclose(found.affine, oriented(truth, "RAS")[1], atol=1e-4)
+        assert found.spacing == pytest.approx((2.0, 1.5, 8.0))
+
+        mark = (truth % 7).astype(np.uint8)
+        out = save_like(mark.transpose(2, 1, 0), Case("v", "v", None, path, None), tmp_path / "out.nii.gz")
+        written = nib.load(out)
+        np.testing.assert_array_equal(np.asanyarray(written.dataobj), oriented(mark, codes)[0])
+        np.testing.assert_allclose(written.affine, affine, atol=1e-4)
+        assert written.get_data_dtype() == np.uint8
+        np.testing.assert_array_equal(read_labels(out), mark)
+
+    def test_save_like_refuses_another_shape(self, tmp_path):
+        path = save(tmp_path / "v.nii.gz", volume())
+        with pytest.raises(ValueError, match=r"labels must have shape \[Z, H, W\] = \[4, 10, 12\].*got \[4, 12, 10\]"):
+            save_like(np.zeros((4, 12, 10), np.uint8), Case("v", "v", None, path, None), tmp_path / "o.nii.gz")
+
+    def test_two_dimensional_file_is_one_slice(self, tmp_path):
+        path = save(tmp_path / "flat.nii.gz", volume((12, 10)))
+        assert read(path).array.shape == (12, 10, 1)
+        out = save_like(np.ones((1, 10, 12), np.uint8), Case("v", "v", None, path, None), tmp_path / "o.nii.gz")
+        assert nib.load(out).shape == (12, 10)
+
+    def test_trailing_axis_of_one_is_dropped(self, tmp_path):
+        assert read(save(tmp_path / "v.nii.gz", volume((12, 10, 4, 1)))).array.shape == (12, 10, 4)
+
+    @pytest.mark.parametrize(
+        ("make", "reason"),
+        [
+            (lambda p: save(p, volume((6, 6, 3, 5))), "must be a 3D volume, got 4D"),
+            (lambda p: save(p, np.where(volume() > 490, np.nan, 1.0).astype(np.float32)), "every voxel must be finite, got"),
+            (lambda p: p.write_bytes(b""), "cannot be read as NIfTI"),
+            (lambda p: p.write_bytes(gzip.compress(b"no image" * 100)), "cannot be read as NIfTI"),
+            (lambda p: p.write_bytes(save(p, volume((40, 40, 9))).read_bytes()[:9000]), "cannot be read as NIfTI"),
+            (lambda p: None, "cannot be read as NIfTI"),
+        ],
+        ids=["4d", "nan", "empty", "not nifti", "truncated", "missing"],
+    )
+    def test_bad_volume_names_file_and_reason(self, tmp_path, make, reason):
+        path = tmp_path / "bad.nii.gz"
+        make(path)
+        with pytest.raises(VolumeError, match=reason) as error:
+            read(path)
+        assert str(path) in str(error.value)
+
+    def test_labels_must_be_small_integers(self, tmp_path):
+        assert read_labels(save(tmp_path / "f.nii.gz", labels().astype(np.float32))).dtype == np.uint8
+        broken = {"integers": (labels() + 0.5, labels() * np.nan), r"0\.\.255": (labels() + 300.0, labels() - 1.0)}
+        for reason, array in [(reason, array) for reason, arrays in broken.items() for array in arrays]:
+            with pytest.raises(VolumeError, match=reason):
+                read_labels(save(tmp_path / "g.nii.gz", array.astype(np.float32)))
+
+
+class TestDiscover:
+    def test_acdc(self, tmp_path, caplog):
+        for frame in ("frame01", "frame12"):
+            save(tmp_path / f"training/patient007/patient007_{frame}.nii.gz", volume())
+            save(tmp_path / f"training/patient007/patient007_{frame}_gt.nii.gz", labels())
+        save(tmp_path / "training/patient007/patient007_4d.nii.gz", volume((4, 4, 2, 3)))
+        (tmp_path / "training/patient007/Info.cfg").write_text("ED: 12\nES: 1\nGroup: HCM\n")
+        save(tmp_path / "testing/patient101/patient101_frame04.nii", volume())
+        save(tmp_path / "testing/patient101/patient101_frame11.nii", volume())
+        with caplog.at_level(logging.INFO):
+            cases = discover(tmp_path)
+        assert [(c.id, c.patient, c.frame, c.label is not None) for c in cases] == [
+            ("patient007_frame01", "patient007", "ES", True),
+            ("patient007_frame12", "patient007", "ED", True),
+            ("patient101_frame04", "patient101", "ED", False),
+            ("patient101_frame11", "patient101", "ES", False),
+        ]
+        assert "1 4D cine files ignored" in caplog.text
+        assert class_names(tmp_path) == ("RV", "MYO", "LV")
+        assert [disease_group(c) for c in cases[1:3]] == ["HCM", None]
+
+    def test_decathlon(self, tmp_path):
+        dataset(tmp_path, 2)
+        save(tmp_path / "imagesTr/._p0.nii.gz", volume())  # left behind by macOS
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "wall", "2": "core"}}))
+        assert [(c.id, c.label.name) for c in discover(tmp_path)] == [("p0", "p0.nii.gz"), ("p1", "p1.nii.gz")]
+        assert class_names(tmp_path) == ("wall", "core")
+
+    def test_nnunet_channels(self, tmp_path, caplog):
+        for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
+            save(tmp_path / f"imagesTr/{name}.nii.gz", volume())
+        save(tmp_path / "labelsTr/a.nii.gz", labels())
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "core": 2, "whole": [1, 2]}}))
+        cases = discover(tmp_path)
+        assert [(c.id, c.image.name, c.label is not None) for c in cases] == [("a", "a_0000.nii.gz", True), ("b", "b_0000.nii.gz", False)]
+        assert "2 files of further channels ignored" in caplog.text
+        assert class_names(tmp_path) == ("1", "core")
+
+    def test_names_ending_in_digits_are_no_channels(self, tmp_path):
+        for name in ("scan_2019", "scan_2020"):
+            save(tmp_path / f"imagesTr/{name}.nii.gz", volume())
+            save(tmp_path / f"labelsTr/{name}.nii.gz", labels())
+        assert [c.id for c in discover(tmp_path)] == ["scan_2019", "scan_2020"]
+
+    def test_any_folder(self, tmp_path):
+        for visit in ("v1", "v2"):
+            save(tmp_path / f"set/sub-1/{visit}/heart.nii.gz", volume())
+        save(tmp_path / "set/sub-1/v1/heart_seg.nii.gz", labels())
+        save(tmp_path / "set/sub-2/v1/heart.nii", volume())
+        save(tmp_path / "set/loose_gt.nii.gz", volume())  # nothing that it could label: an image
+        assert [(c.id, c.patient, c.label is not None) for c in discover(tmp_path)] == [
+            ("loose_gt", "loose_gt", False),
+            ("sub-1_v1_heart", "sub-1", True),
+            ("sub-1_v2_heart", "sub-1", False),
+            ("sub-2_v1_heart", "sub-2", False),
+        ]
+        assert class_names(tmp_path) == ()
+
+    def test_errors(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"data.root must be a folder.*no such folder"):
+            discover(tmp_path / "absent")
+        with pytest.raises(FileNotFoundError, match=r"data.root must be a folder.*\(0 found\)"):
+            discover(tmp_path)
+        save(tmp_path / "a.nii", volume())
+        save(tmp_path / "a.nii.gz", volume())
+        with pytest.raises(ValueError, match=r"ids must be unique, got 'a' from both .*a\.nii and .*a\.nii\.gz"):
+            discover(tmp_path)
+
+
+class TestCache:
+    def test_scaled_to_the_unit_interval_in_zhw(self, tmp_path):
+        case = dataset(tmp_path / "d", 1)[0]
+        prepared = prepare([case], DataConfig(percentiles=(5, 95)), tmp_path / "c")
+        found, raw = prepared.cases[0], volume().transpose(2, 1, 0)
+        low, high = np.percentile(raw, (5, 95))
+        np.testing.assert_allclose(found.image(), (raw.clip(low, high) - low) / (high - low), atol=1e-3)
+        np.testing.assert_array_equal(found.labels(), labels().transpose(2, 1, 0))
+        assert isinstance(found.image(), np.memmap)
+        assert found.spacing == pytest.approx((8.0, 1.5, 2.0))
+        assert found.classes == (1, 2) and prepared.num_classes == 2
+
+    def test_reused_until_source_or_options_change(self, tmp_path):
+        cases = dataset(tmp_path / "d", 2)
+        first = prepare(cases, DataConfig(), tmp_path / "c")
+        before = [c.image_file.stat().st_mtime_ns for c in first.cases]
+        again = prepare(cases, DataConfig(size=(8, 8)), tmp_path / "c")  # size acts on batches only
+        assert again.cases == first.cases and [c.image_file.stat().st_mtime_ns for c in again.cases] == before
+        assert cache.load(tmp_path / "c").cases == first.cases
+        assert prepare(cases, DataConfig(percentiles=(0, 100)), tmp_path / "c").cases[0].image_file != first.cases[0].image_file
+        save(cases[0].image, volume(seed=9))
+        changed = prepare(cases, DataConfig(), tmp_path / "c")
+        assert changed.cases[0].image_file != first.cases[0].image_file and changed.cases[1] == first.cases[1]
+        assert not [p.name for p in (tmp_path / "c").iterdir() if p.name.startswith(".")]
+
+    def test_broken_volumes_are_skipped_aloud(self, tmp_path, caplog):
+        cases = dataset(tmp_path / "d", 5)
+        cases[0].image.write_bytes(cases[0].image.read_bytes()[:200])
+        save(cases[1].image, np.full((12, 10, 4), 7, np.int16))
+        save(cases[2].label, labels((12, 10, 5)))
+        cases[3].label.unlink()
+        prepared = prepare(cases, DataConfig(), tmp_path / "c")
+        assert [c.id for c in prepared.cases] == ["p4"]
+        reasons = dict(prepared.skipped)
+        assert "cannot be read" in reasons["p0"]
+        assert "intensities must vary, got 7" in reasons["p1"]
+        assert "image's shape [4, 10, 12] (Z, H, W), got [5, 10, 12]" in reasons["p2"]
+        assert "cannot be read" in reasons["p3"]
+        assert all(f"skipped {name}" in caplog.text for name in reasons)
+        assert cache.load(tmp_path / "c").skipped == prepared.skipped
+
+    def test_nothing_usable_is_an_error_with_the_first_reason(self, tmp_path):
+        save(tmp_path / "d/a.nii.gz", np.ones((4, 4, 4), np.int16))
+        with pytest.raises(ValueError, match="at least one usable volume, got 0 of 1; the first: .*intensities must vary"):
+            prepare(discover(tmp_path / "d"), DataConfig(), tmp_path / "c")
+
+    def test_mostly_one_value_still_has_a_range(self, tmp_path):
+        array = np.zeros((20, 20, 4), np.int16)
+        array[3, 3, 1] = 900
+        prepared = prepare(discover(save(tmp_path / "d/a.nii.gz", array).parent), DataConfig(), tmp_path / "c")
+        assert prepared.cases[0].image().max() == 1
+
+    def test_label_box_and_resampling_are_undone(self, tmp_path):
+        stored, affine = oriented(volume((30, 40, 6)), "LPS")
+        truth = np.zeros((30, 40, 6), np.uint8)
+        truth[8:20, 12:30, 2:5] = 1
+        save(tmp_path / "d/a.nii.gz", stored, affine)
+        save(tmp_path / "d/a_gt.nii.gz", oriented(truth, "LPS")[0], affine)
+        prepared = prepare(discover(tmp_path / "d"), DataConfig(roi="gt", roi_margin=3, spacing=(1.0, 1.0)), tmp_path / "c")
+        case = prepared.cases[0]
+        assert case.crop == ((2, 5), (9, 33), (5, 23))
+        assert case.shape == (3, 36, 36) and case.spacing == pytest.approx((8.0, 1.0, 1.0))
+        np.testing.assert_array_equal(case.restore(case.labels()), truth.transpose(2, 1, 0))
+        save_like(case.labels(), case, tmp_path / "o.nii.gz")
+        np.testing.assert_array_equal(read_labels(tmp_path / "o.nii.gz"), truth)
+        with pytest.raises(ValueError, match="prepared shape"):
+            case.restore(np.zeros((6, 40, 30), np.uint8))
+
+    @pytest.mark.parametrize(
+        "bad", [{"percentiles": (99, 1)}, {"roi": "box"}, {"roi_margin": -1}, {"spacing": (1.0,)}, {"spacing": (1.0, 0.0)}], ids=str
+    )
+    def test_bad_options(self, tmp_path, bad):
+        with pytest.raises(ValueError, match=f"data.{next(iter(bad))} must be"):
+            prepare([], DataConfig(**bad), tmp_path)
+
+    @pytest.mark.parametrize("shape", [(7, 9), (8, 4), (5, 12)])
+    @pytest.mark.parametrize("size", [(6, 6), (7, 10), (12, 3)])
+    def test_uncrop_inverts_crop_or_pad(self, shape, size):
+        array = np.arange(2 * np.prod(shape)).reshape(2, *shape) + 1
+        there = crop_or_pad(array, size)
+        back = uncrop(there, shape)
+        assert there.shape == (2, *size) and back.shape == array.shape
+        kept = back != 0
+        np.testing.assert_array_equal(back[kept], array[kept])
+        assert kept.sum() == 2 * min(shape[0], size[0]) * min(shape[1], size[1])
+
+
+class TestSplits:
+    def test_patients_never_cross(self, tmp_path):
+        cases = dataset(tmp_path, 10)
+        split = make_split(cases, SplitConfig(val=0.1, test=0.2))
+        assert [len(split[p]) for p in ("pretrain", "val", "test")] == [7, 1, 2]
+        assert sorted(split["pretrain"] + split["val"] + split["test"]) == [f"p{k}" for k in range(10)]
+        assert split == make_split(cases[::-1], SplitConfig(val=0.1, test=0.2))
+        assert split != make_split(cases, SplitConfig(val=0.1, test=0.2, seed=1))
+        write_split(split, tmp_path / "s.json")
+        assert read_split(tmp_path / "s.json", cases) == split
+
+    def test_disease_groups_are_spread(self, tmp_path):
+        for p in range(20):
+            folder = tmp_path / f"patient{p:03d}"
+            save(folder / f"patient{p:03d}_frame01.nii.gz", volume((4, 4, 2)))
+            save(folder / f"patient{p:03d}_frame01_gt.nii.gz", labels((8, 8, 4))[:4, :4, :2])
+            (folder / "Info.cfg").write_text(f"ED: 1\nES: 2\nGroup: {'ABCD'[p % 4]}\n")
+        cases = discover(tmp_path)
+        group = {c.patient: disease_group(c) for c in cases}
+        for seed in range(5):
+            split = make_split(cases, SplitConfig(val=0.2, test=0.4, seed=seed))
+            assert sorted(group[p] for p in split["test"]) == sorted("AABBCCDD")
+            assert sorted(group[p] for p in split["val"]) == list("ABCD")
+            assert sorted(group[p] for p in labelled_patients(split, cases, 4, seed)) == list("ABCD")
+
+    def test_labelled_patients_are_nested_and_labelled(self, tmp_path):
+        cases = dataset(tmp_path, 12)
+        (tmp_path / "labelsTr/p3.nii.gz").unlink()
+        cases = discover(tmp_path)
+        split = make_split(cases, SplitConfig(val=0.1, test=0.1))
+        most = labelled_patients(split, cases, 8, seed=4)
+        assert all(labelled_patients(split, cases, n, seed=4) == most[:n] for n in range(1, 9))
+        assert "p3" not in most and set(most) <= set(split["pretrain"])
+        assert any(labelled_patients(split, cases, 1, seed=s) != most[:1] for s in range(5))
+        available = len(set(split["pretrain"]) - {"p3"})
+        with pytest.raises(ValueError, match=f"1 to {available} .*got 40"):
+            labelled_patients(split, cases, 40, seed=0)
+
+    def test_bad_splits(self, tmp_path):
+        cases = dataset(tmp_path, 3)
+        with pytest.raises(ValueError, match=r"needs at least 3 patients \(test 1, val 1, pretrain 1\), got 2"):
+            make_split(cases[:2], SplitConfig(val=0.1, test=0.2))
+        with pytest.raises(ValueError, match="sum below 1, got 0.5 and 0.5"):
+            make_split(cases, SplitConfig(val=0.5, test=0.5))
+        path = tmp_path / "s.json"
+        good = {"version": 1, "seed": 0, "pretrain": ["p0"], "val": ["p1"], "test": ["p2"]}
+        for change, reason in (
+            ({"test": ["p0"]}, "one part of the split only, got p0"),
+            ({"test": ["p2", "p9"]}, "unknown p9"),
+            ({"version": 2}, "split.file must hold"),
+            ({"val": "p1"}, "split.file must hold"),
+        ):
+            path.write_text(json.dumps(good | change))
+            with pytest.raises(ValueError, match=reason):
+                read_split(path, cases)
+        path.write_text("{")
+        with pytest.raises(ValueError, match="must hold JSON"):
+            read_split(path, cases)
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            read_split(tmp_path / "none.json", cases)
+
+
+class TestSlices:
+    def test_batches(self, tmp_path):
+        prepared = prepare(dataset(tmp_path / "d", 3), DataConfig(), tmp_path / "c")
+        source = SliceSource(prepared, ["p0", "p2"], (8, 16), labelled=True)
+        assert len(source) == 8
+        images, target = source.batch([0, 5])
+        assert images.shape == (2, 1, 8, 16) and images.dtype == torch.float32
+        assert target.shape == (2, 8, 16) and target.dtype == torch.int64
+        np.testing.assert_array_equal(images[1, 0, :, 2:14].numpy(), prepared.by_id["p2"].image()[1, 1:9].astype(np.float32))
+        assert not images[..., :2].any() and not images[..., 14:].any()
+        np.testing.assert_array_equal(source.case_slices("p2"), [4, 5, 6, 7])
+        assert source.patients_of([1, 2, 7]) == ["p0", "p2"]
+        assert SliceSource(prepared, ["p0"], (8, 8)).batch([0])[1] is None
+        with pytest.raises(ValueError, match="must be one of the source's 2, got p1"):
+            source.case_slices("p1")
+        with pytest.raises(ValueError, match="must have a volume among the 3 prepared"):
+            SliceSource(prepared, ["nobody"], (8, 8))
+
+    def test_volumes_when_the_size_has_three_entries(self, tmp_path):
+        prepared = prepare(dataset(tmp_path / "d", 2), DataConfig(), tmp_path / "c")
+        source = SliceSource(prepared, prepared.patients, (6, 8, 8), labelled=True)
+        images, target = source.batch([0, 1])
+        assert len(source) == 2 and images.shape == (2, 1, 6, 8, 8) and target.shape == (2, 6, 8, 8)
+
+    def test_unlabelled_cases_stay_out_of_a_labelled_source(self, tmp_path):
+        dataset(tmp_path / "d", 2)
+        (tmp_path / "d/labelsTr/p0.nii.gz").unlink()
+        prepared = prepare(discover(tmp_path / "d"), DataConfig(), tmp_path / "c")
+        assert [c.id for c in SliceSource(prepared, prepared.patients, (8, 8), labelled=True).cases] == ["p1"]
+        assert len(SliceSource(prepared, prepared.patients, (8, 8)).cases) == 2
+
+    def test_more_cases_than_open_maps(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("pix2rep.data.slices._OPEN", 2)
+        prepared = prepare(dataset(tmp_path / "d", 5), DataConfig(), tmp_path / "c")
+        source = SliceSource(prepared, prepared.patients, (10, 12))
+        for i in (0, 8, 16, 3, 19, 0):
+            np.testing.assert_array_equal(source.batch([i])[0][0, 0], prepared.cases[i // 4].image()[i % 4].astype(np.float32))
+        assert len(source._maps) <= 2
+
+
+class TestSampler:
+    def test_a_function_of_seed_and_step(self):
+        forward = [StepSampler(50, 8, seed=3).indices(s) for s in range(20)]
+        sampler = StepSampler(50, 8, seed=3)
+        for step in (17, 3, 19, 0, 6):
+            np.testing.assert_array_equal(sampler.indices(step), forward[step])
+        assert any((StepSampler(50, 8, seed=4).indices(s) != forward[s]).any() for s in range(3))
+
+    def test_an_epoch_sees_each_item_at_most_once_and_differs_from_the_next(self):
+        sampler = StepSampler(50, 8, seed=0)
+        epochs = [np.concatenate([sampler.indices(6 * e + s) for s in range(6)]) for e in range(40)]
+        assert all(len(set(e)) == 48 for e in epochs)
+        assert (epochs[0] != epochs[1]).any()
+        assert np.bincount(np.concatenate(epochs), minlength=50).min() > 20  # no item is left out for good
+
+    def test_fewer_items_than_a_batch_wrap_around(self):
+        found = StepSampler(3, 8, seed=0).indices(5)
+        assert len(found) == 8 and sorted(np.bincount(found)) == [2, 3, 3]
+        with pytest.raises(ValueError, match="at least 1, got 0 and 8"):
+            StepSampler(0, 8, seed=0)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("acdc", 3), ("hippocampus", 2), ("openkbp", 7)])
+def test_real_data_prepares_whole(tmp_path, name, classes):
+    root = REAL / name
+    if not root.is_dir():
+        pytest.skip(f"no real data at {root} (set PIX2REP_DATA)")
+    cases = discover(root)[:12]
+    prepared = prepare(cases, DataConfig(), tmp_path)
+    assert not prepared.skipped and prepared.num_classes == classes
+    for case in prepared.cases:
+        image = case.image()
+        assert 0 <= image.min() < image.max() <= 1 and image.shape == case.labels().shape
+    first = prepared.cases[0]
+    save_like(first.labels(), first, tmp_path / "o.nii.gz")
+    np.testing.assert_array_equal(np.asanyarray(nib.load(tmp_path / "o.nii.gz").dataobj), np.asanyarray(nib.load(cases[0].label).dataobj))
+    images, _ = SliceSource(prepared, prepared.patients, (24, 32, 32)).batch([0, 1])
+    assert images.shape == (2, 1, 24, 32, 32)
