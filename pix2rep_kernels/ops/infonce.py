@@ -96,9 +96,10 @@ def infonce(
         ids_b = ids_a if ids_b is None else ids_b
     else:
         expect((ids_a is None) == (ids_b is None), "ids_b", "be given with ids_a when M != N", None if ids_b is None else tuple(ids_b.shape))
-    vectors = [None if v is None else v.reshape(-1, v.shape[-1]) for v in (positive, valid_a, valid_b, ids_a, ids_b)]
+    count = math.prod(groups)
+    vectors = [None if v is None else v.reshape(count, v.shape[-1]) for v in (positive, valid_a, valid_b, ids_a, ids_b)]
     losses, _ = torch.ops.pix2rep.infonce(
-        a.reshape(-1, n, a.shape[-1]), b.reshape(-1, m, b.shape[-1]), temperature, floor, negatives, *vectors,
+        a.reshape(count, n, a.shape[-1]), b.reshape(count, m, b.shape[-1]), temperature, floor, negatives, *vectors,
         None if queue is None else queue.detach(), precision, backend,
     )  # fmt: skip
     return losses.reshape(*groups, losses.shape[-1])
