@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+torch.set_num_threads(1)  # small problems: threads cost more than they give, most of all on a shared machine
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import infonce_cases
+from infonce_cases import TRITON_CASES
 from pix2rep_kernels import infonce
 from pix2rep_kernels.testing import backends, error, poisoned, tolerance
 
-FAST = [b for b in backends("infonce") if b != "triton"]  # the interpreter has a table of its own, below
+FAST = [b for b in backends("infonce") if b != "triton" or torch.cuda.is_available()]  # interpreted kernels have a table of their own
 NEGATIVES = ("joint", "cross", "forward")
 
 
@@ -42,23 +44,29 @@ def run(backend, a, b, tau, upstream, **kw):
     return losses, a.grad, b.grad, tau.grad
 
 
-def check(backend, a, b, tau, negatives, dtype, operand_eps=0.0, **kw):
+def check(backend, a, b, tau, negatives, dtype, narrow=False, floor=1e-4, **kw):
     """Compare one backend with the float64 reference on the same rounded inputs; the allowance is PyTorch's own error at that precision, doubled.
 
     Added to it is the rounding of one similarity, eps |a||b| / tau: PyTorch's own error can be luckily smaller on few rows. In float64 PyTorch is the
-    truth, so there it is the bound of a dot product, D times as much. `operand_eps` is the rounding of operands that a backend narrows.
+    truth, so there it is the bound of a dot product, D times as much. `narrow`: the similarities are float16 products and the gradients bfloat16 ones,
+    so PyTorch's own error is that of rows rounded likewise.
     The temperature's gradient is -<dx, x>/tau, so Cauchy-Schwarz carries the rows' allowance over to it.
     """
     a, b = a.to(dtype), b.to(dtype)
     kw = {k: v.to(dtype) if k == "queue" else v for k, v in kw.items()}
     wide = {k: v.double() if k == "queue" else v for k, v in kw.items()}
     upstream = torch.randn(a.shape[0], a.shape[1] * (1 if negatives == "forward" else 2), dtype=torch.float64)
-    truth = run("reference", a.double(), b.double(), tau, upstream, negatives=negatives, temperature_floor=1e-4, **wide)
-    eager = run("reference", a, b, tau, upstream, negatives=negatives, temperature_floor=1e-4, **kw)
-    got = run(backend, a, b, tau, upstream, negatives=negatives, temperature_floor=1e-4, **kw)
+    fixed = {"tau": tau, "upstream": upstream, "negatives": negatives, "temperature_floor": floor}
+    truth = run("reference", a.double(), b.double(), **fixed, **wide)
+    eager = run("reference", a, b, **fixed, **kw)
+    got = run(backend, a, b, **fixed, **kw)
+    if narrow:
+        half, brief = (run("reference", a.to(t).float(), b.to(t).float(), **fixed, **kw) for t in (torch.float16, torch.bfloat16))
+        eager = half[0], *brief[1:]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    largest = (a.double().norm(dim=-1).max() * b.double().norm(dim=-1).max()).item() / tau
-    rounding = (torch.finfo(compute).eps * (a.shape[-1] if compute == torch.float64 else 1) + operand_eps) * largest
+    largest = (a.double().norm(dim=-1).nan_to_num().max() * b.double().norm(dim=-1).nan_to_num().max()).item() / tau
+    eps = torch.finfo(torch.float16 if narrow else compute).eps
+    rounding = eps * (a.shape[-1] if compute == torch.float64 else 1) * largest
     worst = 0.0
     for g, e, t in zip(got[:3], eager[:3], truth[:3], strict=True):
         own = error([e], [t])
@@ -70,7 +78,7 @@ def check(backend, a, b, tau, negatives, dtype, operand_eps=0.0, **kw):
         assert error([g], [t]) <= tolerance(own, g.dtype) + rounding, (negatives, tau, list(kw))
     norms = [math.hypot(x[1].double().norm(), x[2].double().norm()) for x in (truth, eager)]
     rows_error = max(error(eager[1:3], truth[1:3]), error(got[1:3], truth[1:3])) if worst else 0.0
-    bound = (2 * rows_error + rounding) * max(norms) * math.hypot(a.double().norm(), b.double().norm()) / tau
+    bound = (2 * rows_error + rounding) * max(norms) * math.hypot(a.double().nan_to_num().norm(), b.double().nan_to_num().norm()) / tau
     # The rows' gradient leaves out what cancels within one anchor; sum |g| bounds that part.
     bound += rounding * upstream.abs().sum() / tau
     assert abs(got[3].double() - truth[3]) <= bound
@@ -143,16 +151,16 @@ def test_subsets_of_gradients(backend, needs, negatives):
     assert error(grads, [g for g, need in zip(full, needs, strict=True) if need]) < 1e-12
 
 
-@pytest.mark.skipif("triton" not in backends("infonce"), reason="triton does not run here, see python -m pix2rep_kernels")
-def test_triton_table():
-    from infonce_cases import TRITON_CASES
-
-    for case in TRITON_CASES:
-        run_triton_case(case)
-
-
-def run_triton_case(case):
-    raise NotImplementedError
+@pytest.mark.parametrize("case", TRITON_CASES, ids=str)
+def test_cases_of_the_interpreter(case):
+    """Small cases with every option and every range of temperatures, for every backend but the truth."""
+    a, b, kw = infonce_cases.build(case)
+    floor, precision = kw.pop("temperature_floor", None), kw["precision"]
+    tau = float(kw.pop("temperature"))
+    narrow = precision == "fp16" or a.dtype != torch.float32
+    for backend in backends("infonce"):
+        if backend != "reference":
+            check(backend, a, b, tau, dtype=a.dtype, narrow=narrow and backend == "triton", floor=floor or tau, **kw)
 
 
 # ---- properties
@@ -315,6 +323,8 @@ def test_same_bits_for_any_number_of_threads(negatives):
 
 MEMORY = """
 import resource, sys, torch, torch.nn.functional as F
+import infonce_cases
+from infonce_cases import TRITON_CASES
 from pix2rep_kernels import infonce
 torch.set_num_threads(2)
 n, negatives = int(sys.argv[1]), sys.argv[2]
