@@ -206,6 +206,8 @@ class TestCache:
         save(cases[0].image, volume(seed=9))
         changed = prepare(cases, DataConfig(), tmp_path / "c")
         assert changed.cases[0].image_file != first.cases[0].image_file and changed.cases[1] == first.cases[1]
+        os.utime(cases[1].label, ns=(1, 1))  # same size, another time
+        assert prepare(cases, DataConfig(), tmp_path / "c").cases[1].image_file != first.cases[1].image_file
         assert not [p.name for p in (tmp_path / "c").iterdir() if p.name.startswith(".")]
 
     def test_broken_volumes_are_skipped_aloud(self, tmp_path, caplog):

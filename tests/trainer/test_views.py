@@ -72,6 +72,13 @@ class TestSpatial:
         grid = dense(SpatialView(SpatialConfig(rotation=0, scale=(0.3, 0.9)))(500, (16, 16), generator()), (16, 16))
         assert grid.abs().max() <= 1 + 1e-5 and grid.abs().max() > 0.98
 
+    def test_translation_acts_inside_the_crop_and_rotation_on_both(self):
+        theta = SpatialView(SpatialConfig(rotation=90, scale=(0.5, 0.5), translation=0.4, flip=(0, 0)))(4000, (32, 32), generator())
+        rotation = theta[:, :, :2] / 0.5
+        shift = (rotation.transpose(1, 2) @ theta[:, :, 2:])[..., 0]  # crop shift within 0.5, translation within 0.5 * 0.4
+        assert 0.65 < shift.abs().max() <= 0.7 + 1e-5
+        assert theta[:, :, 2].abs().max() > 0.75  # beyond the box: it was rotated
+
     def test_rotation_keeps_distances_on_oblong_images_and_voxels(self):
         size, spacing = (9, 17, 33), (5.0, 2.0, 1.0)
         config = SpatialConfig(rotation=60, scale=(0.5, 0.5), flip=())
@@ -166,7 +173,7 @@ class TestPhotometric:
         assert changed.float().mean() == pytest.approx(0.35, abs=0.08 if name == "blur" else 0.035)
 
     def test_inversion(self):
-        x = torch.rand(2, 1, 8, 8)
+        x = torch.randn(2, 1, 8, 8)  # values that left [0, 1] are not clamped
         torch.testing.assert_close(Photometric(PhotometricConfig(**QUIET | {"invert_p": 1.0}))(x), 1 - x)
 
     def test_noise_is_within_its_spread_and_differs_between_images(self):
