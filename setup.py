@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,10 @@ class Build(build_ext):
         version = subprocess.run([*self.compiler.compiler_cxx[:1], "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
         facts = {"objects": ["_C"], "compiler": version, "isas": sorted(ISA_FLAGS), "flags": FLAGS, "machine": platform.machine()}
         Path(target).with_name("_build.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        shutil.copy(Path(self.build_lib) / "pix2rep_kernels/_build.json", ROOT / "pix2rep_kernels")
 
 
 class Wheel(bdist_wheel):

@@ -42,7 +42,10 @@ def why_unavailable(op: str, backend: str) -> str | None:
     if (op, backend) in ABSENT:
         return ABSENT[op, backend]
     if backend in native.OBJECTS:
-        return native.why_missing(backend)
+        if reason := native.why_missing(backend):
+            return reason
+        if not hasattr(torch.ops.pix2rep_native, op):
+            return f"{native.OBJECTS[backend]} was built before {op} existed (rebuild: pip install --no-build-isolation .)"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install triton, Linux only)"
