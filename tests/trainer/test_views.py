@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from pix2rep.config import PhotometricConfig, SpatialConfig
 from pix2rep.views import Photometric, SpatialView, identity, warp_image, warp_labels
 from pix2rep.views.spatial import dense
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 STILL = {"rotation": 0.0, "scale": (1.0, 1.0), "translation": 0.0, "flip": (0.0, 0.0)}
 QUIET = {"noise_p": 0.0, "blur_p": 0.0, "gamma_p": 0.0, "bias_p": 0.0, "invert_p": 0.0}
@@ -232,3 +233,12 @@ def test_photometric_views_commute_with_a_warp_where_they_act_pointwise():
     view = Photometric(PhotometricConfig(**QUIET | {"gamma_p": 1.0}))
     grid = SpatialView(SpatialConfig(**STILL | {"flip": (1.0, 0.0)}))(3, (33, 33), generator())
     torch.testing.assert_close(warp_image(view(x, generator(2)), grid), view(warp_image(x, grid), generator(2)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_no_value_is_read_back_to_the_host(dims):
+    size = (16,) * dims
+    with FakeTensorMode():  # raises where Python would need a number from a tensor
+        x = torch.rand(2, 1, *size)
+        grid = SpatialView(SpatialConfig(elastic=0.5), dims)(2, size)
+        assert warp_image(Photometric(PhotometricConfig())(x), grid).shape == x.shape

@@ -4,6 +4,7 @@ Order as in the official Pix2Rep code: noise, blur, gamma, bias field, inversion
 power of gamma needs a base that is not negative, so only there are they clamped.
 """
 
+import itertools
 import math
 
 import torch
@@ -74,8 +75,7 @@ class Photometric:
         if self._terms is None or self._terms[0] != (size, device):
             zero = torch.zeros(1, device=device)
             axes = torch.meshgrid(*(torch.linspace(-1, 1, n, device=device) if n > 1 else zero for n in size), indexing="ij")
-            powers = torch.cartesian_prod(*[torch.arange(BIAS_ORDER + 1)] * len(size)).tolist()
-            chosen = [p for p in powers if sum(p) <= BIAS_ORDER]
+            chosen = [p for p in itertools.product(range(BIAS_ORDER + 1), repeat=len(size)) if sum(p) <= BIAS_ORDER]
             terms = torch.stack([math.prod(axis**k for axis, k in zip(axes, p, strict=True)) for p in chosen])
             self._terms = ((size, device), terms.flatten(1))
         return self._terms[1]
