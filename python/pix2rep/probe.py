@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 MAX_PIXELS = 2**22  # labelled pixels kept: 512 MiB of float32 at 32 features
-PIXELS_A_STEP = 2**14  # drawn from all labelled slices: to a linear layer a better batch than a few whole slices
+PIXELS_A_STEP = 2**13  # drawn from all labelled slices: to a linear layer a better batch than a few whole slices
 
 
 @torch.no_grad()
@@ -59,41 +59,42 @@ def fit(rows: torch.Tensor, targets: torch.Tensor, classes: int, config, seed: i
     mean = rows.mean(0)
     deviation = rows.std(0).clamp_min(1e-6 * rows.std().clamp_min(1e-6))  # a dead feature stays dead
     generator = torch.Generator().manual_seed(seed)
-    shape = (classes + 1, rows.shape[1])
-    start = 0.01 * torch.randn(shape, generator=generator).to(rows.device)
-    layers = [(start.clone().requires_grad_(), start.new_zeros(classes + 1).requires_grad_()) for _ in settings]
-    groups = [{"params": layer, "lr": s["lr"]} for layer, s in zip(layers, settings, strict=True)]
+    start = 0.01 * torch.randn(classes + 1, rows.shape[1], generator=generator)
+    kinds = len(config.class_weights)
+    layers = []  # a learning rate: weight [kinds, K + 1, C], bias [kinds, K + 1, 1]
+    for _ in config.probe_lr:
+        weight = start.expand(kinds, -1, -1).to(rows.device, copy=True)
+        layers.append([weight.requires_grad_(), weight.new_zeros(kinds, classes + 1, 1).requires_grad_()])
+    groups = [{"params": layer, "lr": lr} for layer, lr in zip(layers, config.probe_lr, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.probe_steps, 1))
-    weights = torch.stack([class_weights(s["class_weights"], targets, classes) for s in settings])  # [G, K + 1]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.probe_steps)
+    weights = torch.stack([class_weights(setting["class_weights"], targets, classes) for setting in settings])
     for _ in range(config.probe_steps):
         picked = torch.randint(len(rows), (min(PIXELS_A_STEP, len(rows)),), generator=generator).to(rows.device)
-        x, y = (rows[picked] - mean) / deviation, targets[picked]
-        weight = torch.stack([w for w, _ in layers])
-        bias = torch.stack([b for _, b in layers])
-        logits = torch.addmm(bias.flatten(), x, weight.flatten(0, 1).T).unflatten(1, bias.shape)  # [P, G, K + 1]
-        loss = _loss(logits, y, weights)
+        x = ((rows[picked] - mean) / deviation).T  # [C, P]
+        weight, bias = (torch.cat(parts) for parts in zip(*layers, strict=True))
+        loss = _loss(weight @ x + bias, targets[picked], weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    weight = torch.stack([w.detach() for w, _ in layers]) / deviation
-    bias = torch.stack([b.detach() for _, b in layers]) - weight @ mean
-    return settings, weight, bias
+    with torch.no_grad():
+        weight, bias = (torch.cat(parts) for parts in zip(*layers, strict=True))
+        weight = weight / deviation
+        return settings, weight, bias.squeeze(-1) - weight @ mean
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum over G settings of their loss: the settings share no parameter, so each gets its own gradient. logits [P, G, K + 1], targets [P],
-    weights [G, K + 1].
+    """Sum over G settings of their loss: they share no parameter, so each gets its own gradient.
+
+    logits [G, K + 1, P] (pixels last: the softmax is then over whole vectors), targets [P], weights [G, K + 1].
     """
-    log_p = F.log_softmax(logits, -1)
-    truth = F.one_hot(targets, logits.shape[-1]).to(logits.dtype)  # [P, K + 1]
-    w = weights[:, targets]  # [G, P]
-    nll = -log_p.gather(-1, targets[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(-1)  # [P, G]
-    cross_entropy = (w.T * nll).sum(0) / w.sum(1)
+    log_p = F.log_softmax(logits, 1)
+    truth = F.one_hot(targets, logits.shape[1]).T.to(logits.dtype)  # [K + 1, P]
+    counts = truth.sum(1)
+    cross_entropy = -(weights * (log_p * truth).sum(-1)).sum(1) / (weights * counts).sum(1)
     p = log_p.exp()
-    overlap = torch.einsum("pgk,pk->gk", p, truth)
-    soft_dice = (2 * overlap + 1e-5) / (p.sum(0) + truth.sum(0) + 1e-5)
+    soft_dice = (2 * (p * truth).sum(-1) + 1e-5) / (p.sum(-1) + counts + 1e-5)
     return (cross_entropy + 1 - soft_dice[:, 1:].mean(1)).sum()
 
 

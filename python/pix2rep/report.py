@@ -172,7 +172,8 @@ def say_model(entry: dict, dice: float) -> None:
 
 
 def probe_above_random(run: Path) -> bool:
-    """Whether the probe with the fewest labelled patients has a higher mean test Dice from pre-training than from random weights; says both.
+    """Whether the probe with the fewest labelled patients has a higher mean test Dice from pre-training than from random weights. Says
+    both.
 
     Raises FileNotFoundError when RUN/probe/results.json is missing, ValueError when it lacks an arm.
     """
