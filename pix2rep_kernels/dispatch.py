@@ -18,6 +18,7 @@ from pix2rep_kernels.check import expect_choice
 log = logging.getLogger("pix2rep_kernels")
 
 OPS = ("warp", "infonce")
+HOMES: dict[str, str] = {}  # op -> package whose folders hold it, filled by `register`
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
 
@@ -74,7 +75,7 @@ def why_not(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:
         return "the tensors are on cpu, this backend needs cuda (or TRITON_INTERPRET=1)"
     if backend in ("triton", "cuda") and any(t.dtype == torch.float64 for t in present):
         return "float64 runs on the backends reference and cpu only"
-    hub = importlib.import_module(f"pix2rep_kernels.ops.{op}")
+    hub = importlib.import_module(f"{HOMES[op]}.ops.{op}")
     return hub.why_not(backend, tensors)
 
 
@@ -108,5 +109,5 @@ def implementation(op: str, backend: str):
     if backend in native.OBJECTS:
         namespace = torch.ops.pix2rep_native
         return getattr(namespace, op).default, getattr(namespace, f"{op}_backward").default
-    module = importlib.import_module(f"pix2rep_kernels.{backend}.{op}")
+    module = importlib.import_module(f"{HOMES[op]}.{backend}.{op}")
     return module.forward, module.backward

@@ -17,13 +17,16 @@ def register(
     backward_fake: Callable,
     setup_context: Callable,
     backward: Callable,
+    home: str = "pix2rep_kernels",
 ) -> None:
     """Define `pix2rep::<op>` and `pix2rep::<op>_backward`.
 
     Both schemas end in `str backend`; a backend's `forward` and `backward` take the other arguments in the same order.
-    `setup_context` and `backward` are autograd's, as `torch.library.register_autograd` takes them.
+    `setup_context` and `backward` are autograd's, as `torch.library.register_autograd` takes them. `home` is the package whose folders `ops`,
+    `reference`, … hold the op.
     """
     op = schema.partition("(")[0]
+    dispatch.HOMES[op] = home
     for text, which, fake_of in ((schema, 0, fake), (backward_schema, 1, backward_fake)):
         name = text.partition("(")[0]
         LIBRARY.define(text, tags=(torch.Tag.pt2_compliant_tag,))
