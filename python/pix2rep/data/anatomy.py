@@ -112,11 +112,11 @@ class Body:
         self.skin, self.chest_muscle = rng.uniform(4, 24), rng.uniform(7, 15)
         self.ribs, self.rib_phase = rng.integers(14, 24), rng.uniform(0, 2 * np.pi)
         self.diaphragm, self.slope = hy + rng.uniform(26, 48), rng.uniform(-0.35, 0.35)
-        self.middle_fat = hx - rng.uniform(10, 45), hy + rng.uniform(-25, 20), rng.uniform(20, 45), rng.uniform(25, 50)
+        self.mediastinum = hx - rng.uniform(10, 45), hy + rng.uniform(-25, 20), rng.uniform(20, 45), rng.uniform(25, 50)
         # Fields over the plane, with four control points along the axis: neighbours in z look alike.
         self.bend = rng.normal(0, 17, (2, 4, 8, 8))
         self.layers = rng.normal(0, 1.6, (3, 4, 8, 8))
-        self.breath = rng.uniform(0.9, 1.3)  # threshold of the lung's vessels
+        self.lung_vessels = rng.uniform(0.9, 1.3)  # standard deviations of the fine field that make one
 
     def _draw_organs(self, rng) -> None:
         """Ellipses, later ones on top: (x, y, half axes, turn, wall, its tissue, the inside's, span along the axis)."""
@@ -164,10 +164,10 @@ class Body:
         depth = (1 - np.cbrt(px * px * np.abs(px) + py * py * np.abs(py))) * self.half.min()  # between ellipse and rectangle
         skin = self.skin * (1 + 0.35 * layers[0])
         fine = plane.field(rng.normal(0, 1, (64, 64)))
-        tissue = np.where(fine > self.breath, VESSEL, LUNG).astype(np.uint8)
+        tissue = np.where(fine > self.lung_vessels, VESSEL, LUNG).astype(np.uint8)
         below = y - self.diaphragm - self.slope * (x - self.centre[0]) + 12 * layers[1]
-        mediastinum = ((x - self.middle_fat[0]) / self.middle_fat[2]) ** 2 + ((y - self.middle_fat[1]) / self.middle_fat[3]) ** 2
-        tissue[mediastinum + 0.5 * layers[0] + 0.3 * layers[1] < 1] = FAT
+        cx, cy, a, b = self.mediastinum
+        tissue[((x - cx) / a) ** 2 + ((y - cy) / b) ** 2 + 0.5 * layers[0] + 0.3 * layers[1] < 1] = FAT
         tissue[below > -3] = MUSCLE
         tissue[below > 0] = FAT
         liver = (below > 2) & (x < self.liver_edge + 18 * layers[2])
