@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from example.ops.energy import energy
 
 

@@ -144,7 +144,7 @@ def test_learns():
     loss = Pix2RepLoss(temperature=0.2, num_samples=128)
     image = F.interpolate(torch.rand(4, 1, 8, 8), size=(32, 32), mode="bilinear")
     history = []
-    for step in range(200):
+    for _ in range(200):
         angle = torch.rand(4) * math.pi
         theta = torch.stack([torch.stack([angle.cos(), -angle.sin(), 0 * angle], 1), torch.stack([angle.sin(), angle.cos(), 0 * angle], 1)], 1)
         warped = F.grid_sample(image, F.affine_grid(theta, image.shape, align_corners=True), align_corners=True)
