@@ -10,7 +10,7 @@ DEBUG = "debug"
 
 
 class _Group(TyperGroup):
-    """Ends a command in one line and an exit code: an error's own `exit_code`, 2 for input that cannot be used. Bugs keep their traceback."""
+    """Ends a command in one line and an exit code: the error's `exit_code`, 2 for unusable input. Bugs keep their traceback."""
 
     def invoke(self, ctx):
         try:

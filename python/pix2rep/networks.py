@@ -33,6 +33,8 @@ class UNet(BasicUNet):
         }[config.norm]
         super().__init__(config.dims, in_channels=1, out_channels=1, features=(*config.channels, config.features), norm=norm)
         self.final_conv = nn.Identity()
+        for up in (self.upcat_4, self.upcat_3, self.upcat_2, self.upcat_1):
+            up.is_pad = False  # `forward` pads; MONAI's padding by 0 costs a copy, and torch.compile 2.13 fails on it in channels-last
         self.out_channels = config.features
 
     def forward(self, x: Tensor) -> Tensor:

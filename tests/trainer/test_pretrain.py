@@ -22,8 +22,8 @@ from pix2rep.training import Training, learning_rate, seed_of
 
 TINY = (
     "data.size=32,32 network.channels=4,4,8,8,8 network.features=8 network.head_hidden=8 network.projection=8 loss.num_samples=64"
-    " split.val=0.2 pretrain.steps=12 pretrain.batch_size=3 pretrain.checkpoint_every=5 pretrain.log_every=4 pretrain.lr=3e-3 pretrain.device=cpu"
-    " pretrain.threads=1 spatial.elastic=0.5"
+    " split.val=0.2 spatial.elastic=0.5 pretrain.steps=12 pretrain.batch_size=3 pretrain.checkpoint_every=5 pretrain.log_every=4"
+    " pretrain.lr=3e-3 pretrain.device=cpu pretrain.threads=1"
 ).split()
 
 
@@ -71,7 +71,7 @@ def crash():
     [
         [],
         ["pretrain.accumulate=2", "pretrain.schedule=cosine", "pretrain.warmup=0.25", "pretrain.clip_grad=1", "pretrain.weight_decay=0.1"],
-        ["pretrain.amp=fp16", "network.name=tests.trainer.test_pretrain:dropout_backbone"],
+        ["pretrain.amp=fp16", f"network.name={__name__}:dropout_backbone"],
     ],
     ids=["plain", "accumulate-cosine-clip", "fp16-dropout"],
 )
@@ -341,6 +341,17 @@ def test_padding_is_invisible_on_sizes_that_fit():
     image = torch.rand(1, 1, 40, 33)
     padded = nn.functional.pad(image, (7, 8, 4, 4), mode="replicate")  # to 48 x 48, half on each side
     torch.testing.assert_close(backbone(image), backbone(padded)[:, :, 4:44, 7:40])
+
+
+def test_backbone_computes_what_basicunet_does():
+    from monai.networks.nets import BasicUNet
+
+    backbone = build_backbone(NetworkConfig(channels=(4, 4, 8, 8, 8), features=6)).eval()
+    plain = BasicUNet(2, 1, 1, features=(4, 4, 8, 8, 8, 6), norm="batch").eval()
+    plain.load_state_dict(backbone.state_dict(), strict=False)
+    plain.final_conv = nn.Identity()
+    image = torch.rand(2, 1, 48, 64)
+    torch.testing.assert_close(backbone(image), plain(image), rtol=0, atol=0)
 
 
 def test_networks_in_3d():
