@@ -1,8 +1,8 @@
 // warp on raw memory, free of tensors: points in chunks of one image, then one of three ways through the features.
 //
 //   channels last            gather and scatter rows in place
-//   channels first, sparse   gather and scatter plane by plane
-//   channels first, dense    through a transposed copy of a few images (forward) or of a block of channels (backward)
+//   sparse or few channels   gather and scatter plane by plane
+//   channels first           through a transposed copy of a few images (forward) or of a block of channels (backward)
 //
 // Every sum runs over the points in the order given, inside one task: the same bits for any number of threads.
 #pragma once
@@ -18,10 +18,8 @@
 
 namespace pix2rep {
 
-// Below one point in 16 pixels the transposed copy costs more than it saves; below 8 channels its vectors would be mostly empty.
-inline bool by_planes(int64_t points, int64_t pixels, int64_t channels) { return points < pixels / 16 || channels < 8; }
-
-constexpr int64_t kCopyBytes = int64_t(32) << 20;    // of images copied at a time, one at least
+constexpr int64_t kFew = 8;                          // channels below which vectors along them would be mostly empty
+constexpr int64_t kCopyBytes = int64_t(4) << 20;     // of images copied at a time, one at least: in cache, and its pages stay mapped
 constexpr int64_t kBlockBytes = int64_t(512) << 10;  // of gradient that one task holds, half of a usual L2 cache
 constexpr int64_t kLine = 16;                        // channels of a block are a multiple, a cache line of float
 
@@ -85,6 +83,9 @@ struct Points {
   }
 };
 
+// Below one point in 16 pixels a transposed copy costs more than it saves.
+inline bool sparse(const Points& points, int64_t batch, int64_t pixels) { return int64_t(points.chunks.size()) * kChunk * 16 < batch * pixels; }
+
 template <class S>
 const WarpKernels<S>& warp_kernels() {
   if constexpr (std::is_same_v<S, float>) return PIX2REP_PICK(warp_float);
@@ -146,7 +147,7 @@ void warp_forward(const Map<const S>& map, const WarpGrid<G>& grid, const Points
   using T = Compute<S>;
   const Warp<S, G> warp{grid, points};
   const auto& kernels = warp.kernels;
-  const bool planes = !map.channels_last && by_planes(int64_t(points.chunks.size()) * kChunk / std::max<int64_t>(map.batch, 1), map.pixels, map.channels);
+  const bool planes = map.channels < kFew || (!map.channels_last && sparse(points, map.batch, map.pixels));
   // Runs f(chunk, image, buffer) over the chunks of images [begin, end).
   const auto over = [&](int64_t begin, int64_t end, int64_t buffer_size, const auto& f) {
     const int64_t first = points.first_chunk[begin];
@@ -161,12 +162,16 @@ void warp_forward(const Map<const S>& map, const WarpGrid<G>& grid, const Points
       f(chunk, range.image, buffer.get());
     });
   };
-  if (map.channels_last || planes) {
-    const auto run = planes ? kernels.gather_planes : kernels.gather;
-    over(0, map.batch, planes ? 2 * kChunk * map.channels : map.channels,
-         [&](const Chunk<T>& chunk, int64_t b, T* buffer) { run(chunk, map.image(b), map.stride, map.channels, rows, norms, buffer); });
-    return;
+  if (planes) {
+    const int64_t channel_stride = map.channels_last ? 1 : map.stride, pixel_stride = map.channels_last ? map.stride : 1;
+    return over(0, map.batch, 2 * kChunk * map.channels, [&](const Chunk<T>& chunk, int64_t b, T* buffer) {
+      kernels.gather_planes(chunk, map.image(b), channel_stride, pixel_stride, map.channels, rows, norms, buffer);
+    });
   }
+  if (map.channels_last)
+    return over(0, map.batch, map.channels, [&](const Chunk<T>& chunk, int64_t b, T* buffer) {
+      kernels.gather(chunk, map.image(b), map.stride, map.channels, rows, norms, buffer);
+    });
   const int64_t size = map.pixels * map.channels, tile = 1024, tiles = (map.pixels + tile - 1) / tile;
   const int64_t group = std::clamp<int64_t>(kCopyBytes / std::max<int64_t>(size * int64_t(sizeof(T)), 1), 1, std::max<int64_t>(map.batch, 1));
   const Scratch<T> copy(group * size);
@@ -201,7 +206,7 @@ void warp_backward(const S* grad_rows, const S* rows, const Compute<S>* norms, c
   });
 
   constexpr bool same = std::is_same_v<S, T>;
-  const bool planes = same && !map.channels_last && by_planes(chunks * kChunk / std::max<int64_t>(map.batch, 1), map.pixels, map.channels);
+  const bool planes = same && !map.channels_last && (map.channels < kFew || sparse(points, map.batch, map.pixels));
   const bool in_place = same && (map.channels_last || planes);
   const int64_t cached = kBlockBytes / (map.pixels * int64_t(sizeof(T))) / kLine * kLine;
   const int64_t width = in_place && map.channels_last ? 4 * kLine : std::max(kLine, cached);

@@ -247,17 +247,18 @@ void transpose(const A* from, int64_t from_stride, int64_t rows, int64_t columns
 }
 
 template <class S>
-void gather_planes(const Chunk<Compute<S>>& chunk, const S* image, int64_t stride, int64_t channels, S* rows, Compute<S>* norms, Compute<S>* buffer) {
+void gather_planes(const Chunk<Compute<S>>& chunk, const S* image, int64_t channel_stride, int64_t pixel_stride, int64_t channels, S* rows,
+                   Compute<S>* norms, Compute<S>* buffer) {
   using T = Compute<S>;
   T* by_point = buffer + kChunk * channels;
   for (int64_t c = 0; c < channels; ++c) {
-    const S* plane = image + c * stride;
+    const S* plane = image + c * channel_stride;
     T sum[kChunk] = {};
     for (int k = 0; k < chunk.taps; ++k) {
       const int32_t* index = chunk.index + k * kChunk;
       const T* w = chunk.weight + k * kChunk;
       for (int i = 0; i < kChunk; ++i) {
-        const T term = w[i] * widen(plane[index[i]]);
+        const T term = w[i] * widen(plane[index[i] * pixel_stride]);
         sum[i] += w[i] != 0 ? term : T(0);
       }
     }
@@ -275,6 +276,8 @@ void dots(const Chunk<Compute<S>>& chunk, const S* rows, const S* grad_rows, int
   for (int i = 0; i < chunk.count; ++i)
     dot[i] = inner<S, S, Compute<S>>(rows + chunk.row(i) * channels, grad_rows + chunk.row(i) * channels, channels);
 }
+
+constexpr int kAhead = 8;  // points whose rows are asked for early
 
 // (warp.5) of `width` channels of one point.
 template <class S, class T>
@@ -296,6 +299,12 @@ template <class S>
 static inline void row_gradient(const Chunk<Compute<S>>& chunk, int i, const S* rows, const S* grad_rows, const Compute<S>* norms,
                                 const Compute<S>* dot, int64_t channels, int64_t begin, int64_t width, Compute<S>* df) {
   const int64_t r = chunk.row(i), at = r * channels + begin;
+  // A block of channels is a piece of each row, which hardware does not foresee.
+  const int64_t later = chunk.row(i + kAhead < chunk.count ? i + kAhead : i) * channels + begin;
+  for (int64_t c = 0; c < width; c += int64_t(64 / sizeof(S))) {
+    __builtin_prefetch(grad_rows + later + c);
+    if (norms) __builtin_prefetch(rows + later + c);
+  }
   row_gradient(rows + at, grad_rows + at, norms != nullptr, norms ? norms[r] : 1, norms ? dot[i] : 0, width, df);
 }
 

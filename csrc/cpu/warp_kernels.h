@@ -56,8 +56,8 @@ struct WarpKernels {
   // (warp.3-4). `image` is [prod(S)][stride]; norms nullptr: not normalised; buffer holds `channels` values.
   void (*gather)(const Chunk<T>&, const S* image, int64_t stride, int64_t channels, S* rows, T* norms, T* buffer);
   void (*gather_copy)(const Chunk<T>&, const T* image, int64_t stride, int64_t channels, S* rows, T* norms, T* buffer);
-  // The same from planes [channels][stride]; buffer holds 2 * kChunk * channels values.
-  void (*gather_planes)(const Chunk<T>&, const S* image, int64_t stride, int64_t channels, S* rows, T* norms, T* buffer);
+  // The same with points along the vectors, from any strides; buffer holds 2 * kChunk * channels values.
+  void (*gather_planes)(const Chunk<T>&, const S* image, int64_t channel_stride, int64_t pixel_stride, int64_t channels, S* rows, T* norms, T* buffer);
   // <row, drow> of (warp.5), [count].
   void (*dots)(const Chunk<T>&, const S* rows, const S* grad_rows, int64_t channels, T* dot);
   // (warp.5-6) of channels [begin, begin + width) into [prod(S)][stride]; norms nullptr: not normalised; buffer holds `width` values.
