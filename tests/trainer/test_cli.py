@@ -45,12 +45,14 @@ def test_help_imports_nothing_heavy():
     assert not {"torch", "monai", "numpy", "nibabel", "matplotlib", "triton", "pix2rep_kernels"} & set(out)
 
 
-def test_runs_as_a_module_in_under_half_a_second():
+def test_help_takes_under_half_a_second_as_a_module():
     def seconds():
-        start = time.perf_counter()
+        """Of CPU time: what the command costs, not what else the machine is doing."""
+        before = os.times()
         done = subprocess.run([sys.executable, "-m", "pix2rep", "--help"], capture_output=True, text=True, check=True)
         assert "Usage: pix2rep" in done.stdout
-        return time.perf_counter() - start
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
     assert min(seconds() for _ in range(5)) < 0.5
 
