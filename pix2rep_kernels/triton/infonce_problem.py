@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pix2rep_kernels.triton import infonce_rows as rows
-from pix2rep_kernels.triton.tiles import LOG2E
-
-ROW_BLOCK = 16  # rows of a program that works once a row
+from pix2rep_kernels.triton.infonce_blocks import PAD, ROW_BLOCK, SHARED_H100, format_of
+from pix2rep_kernels.triton.tiles import DIAGONAL, JOINT, LOG2E, OWN_POSITIVE
 
 
 class Rows(NamedTuple):
@@ -41,41 +40,16 @@ class Half(NamedTuple):
     count: int
 
 
-class Format(NamedTuple):
-    """How wide the operands are and which product multiplies them."""
-
-    half: bool  # float16 similarities, bfloat16 gradient products; else float32
-    precision: str  # of float32 products
-    d: int
-    chunk: int
-    span: int  # the power of two that holds d
-
-    @property
-    def scaled(self) -> torch.dtype:
-        return torch.float16 if self.half else torch.float32
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"D": self.d, "SPAN": self.span, "BLOCK": ROW_BLOCK}
-
-
-def format_of(width: int, dtypes: set[torch.dtype], precision: str | None) -> Format:
-    """Features are padded to a power of two up to 256, where the exponentials or the loads of a tile cost more than the padding, and to a multiple
-    of 128 beyond, in chunks of 128."""
-    if precision is None:
-        precision = "fp16" if torch.float32 not in dtypes or torch.get_float32_matmul_precision() != "highest" else "tf32x3"
-    d = max(16, triton.next_power_of_2(width)) if width <= 256 else triton.cdiv(width, 128) * 128
-    return Format(precision == "fp16", "ieee" if precision == "fp16" else precision, d, d if d <= 256 else 128, triton.next_power_of_2(d))
-
-
 class Problem:
     """Operands of one call; `gradient` also prepares what the backward pass multiplies."""
 
-    def __init__(self, arguments, gradient: bool, pad: int):
+    def __init__(self, arguments, gradient: bool):
         a, b, temperature, floor, self.negatives, positive, valid_a, valid_b, ids_a, ids_b, queue, precision = arguments
         self.groups, self.n, self.m = a.shape[0], a.shape[1], b.shape[1]
-        self.temperature, self.floor, self.pad, self.gradient = temperature, floor, pad, gradient
+        self.temperature, self.floor, self.gradient = temperature, floor, gradient
         self.format = format_of(a.shape[2], {a.dtype, b.dtype}, precision)
+        self.shared = torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin if a.is_cuda else SHARED_H100
+        self.span = self.n if self.negatives == "joint" else 0
         paired = self.negatives != "forward"
         self.index = positive.contiguous() if paired and positive is not None else None
         self.positive = None if paired or positive is None else positive.contiguous()
@@ -114,13 +88,20 @@ class Problem:
         return rows.SHIFTED.value if self.floor >= 0.0075 else rows.ONLINE.value
 
     @property
+    def left_out(self) -> int:
+        """Which candidates are no negatives of an own row by their position."""
+        if self.negatives == "joint":
+            return JOINT.value
+        return DIAGONAL.value if self.positive is None else OWN_POSITIVE.value
+
+    @property
     def clamp(self) -> tuple[Tensor, float]:
         return self.temperature, self.floor
 
     def _rows(self, sources, ids: Tensor | None) -> Rows:
         first = sources[0][0]
         count = sum(source.shape[1] for source, _, _ in sources)
-        padded = max(1, triton.cdiv(count, self.pad)) * self.pad
+        padded = max(1, triton.cdiv(count, PAD)) * PAD
         groups = first.shape[0]
         scaled = first.new_empty((groups, padded, self.format.d), dtype=self.format.scaled)
         copy = self.gradient and self.format.half
@@ -133,8 +114,8 @@ class Problem:
             valid = None if valid is None else valid.contiguous()
             if groups * written > 0:
                 rows.prepare[(groups * triton.cdiv(written, ROW_BLOCK),)](
-                    source, index, valid, scaled, plain, weight, *self.clamp, n, written, n, offset, padded, *source.stride(), source.shape[2],
-                    **self.format.sizes, INDEX=index is not None, VALID=valid is not None, COPY=copy,
+                    source, index, valid, scaled, plain, weight, *self.clamp, n, written, n, offset, padded, *source.stride(),
+                    source.shape[2], **self.format.sizes, INDEX=index is not None, VALID=valid is not None, COPY=copy,
                 )  # fmt: skip
             offset += n
         ids = weight if ids is None else F.pad(ids, (0, padded - count))

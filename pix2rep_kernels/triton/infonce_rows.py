@@ -1,4 +1,4 @@
-"""What infonce does once a row, around the sweeps over pairs: prepared operands, losses (infonce.3-4), gradient weights, finished gradients."""
+"""What infonce does once a row, around the sweeps over pairs: prepared operands, losses (infonce.3-4), weights of the gradients."""
 
 import triton
 import triton.language as tl
@@ -150,7 +150,6 @@ def weights(
     largest = tl.load(largest_ptr + group)
     active = lse != float("inf")
     grad = tl.where(active, grad / tl.where(largest > 0, largest, 1.0), 0.0)
-    grad = tl.where(largest != largest, largest, grad)
     lse2 = lse * LOG2E
     shift = 0.0
     if SHIFT:

@@ -12,7 +12,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # Which pairs of own row and stream row are left out of a sweep.
 NOTHING = tl.constexpr(0)
-DIAGONAL = tl.constexpr(1)  # own == stream
+DIAGONAL = tl.constexpr(1)  # own == stream; `span` is 0: a comparison that the compiler cannot simplify takes fewer registers
 JOINT = tl.constexpr(2)  # own == stream, and the two rows `span` apart
 OWN_POSITIVE = tl.constexpr(3)  # stream == positive[own]
 STREAM_POSITIVE = tl.constexpr(4)  # own == positive[stream]
@@ -43,20 +43,21 @@ def tile(pointer, first, ROWS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def similarities(
-    x_ptr, y_ptr, x, y, x_first, y_first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, y_ptr, x, y, x_first, y_first,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x @ y.T of two tiles of rows: of x and y themselves when one chunk holds all features, else loaded chunk by chunk."""
     if D == CHUNK:
         return product(x, y.T, PRECISION)
-    s = product(tile(x_ptr, x_first, ROWS, D, CHUNK), tile(y_ptr, y_first, COLUMNS, D, CHUNK).T, PRECISION)
-    for chunk in tl.static_range(CHUNK, D, CHUNK):
+    s = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for chunk in range(0, D, CHUNK):
         s = add_product(tile(x_ptr + chunk, x_first, ROWS, D, CHUNK), tile(y_ptr + chunk, y_first, COLUMNS, D, CHUNK).T, s, PRECISION)
     return s
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x in [0, 1] within 2e-8 of its value, as 2 atanh(x / (2 + x)); the hardware's logarithm is only absolutely accurate near 1."""
+    """log(1 + x) for x in [0, 1] as 2 atanh(x / (2 + x)), to 2e-8 of its value; the hardware's logarithm has an absolute error near 1."""
     z = x / (2.0 + x)
     w = z * z
     series = w * (1 / 9 + w * (1 / 11 + w * (1 / 13 + w * (1 / 15))))
@@ -71,25 +72,18 @@ def one_minus_exp(x):
 
 
 @triton.jit
-def touches(own, stream, OWN: tl.constexpr, STREAM: tl.constexpr, span, LEFT_OUT: tl.constexpr):
-    """Whether the tile at (own, stream) may hold a pair that is left out."""
-    if LEFT_OUT == OWN_POSITIVE or LEFT_OUT == STREAM_POSITIVE:
-        return stream >= 0
-    low = stream - own - (OWN - 1)
-    high = stream - own + (STREAM - 1)
-    found = (low <= 0) & (high >= 0)
+def touches(own, stream, BLOCK: tl.constexpr, span, LEFT_OUT: tl.constexpr):
+    """Whether the square blocks that begin at own and stream hold a pair left out by its position; symmetric in own and stream."""
+    apart = tl.abs(stream - own)
+    found = tl.abs(apart - span) < BLOCK
     if LEFT_OUT == JOINT:
-        found = found | ((low <= span) & (high >= span)) | ((low <= -span) & (high >= -span))
+        found = found | (apart < BLOCK)
     return found
 
 
 @triton.jit
-def left_out(own, stream, positive, span, LEFT_OUT: tl.constexpr):
-    """The pairs left out; own and stream are indices that broadcast against each other, positive broadcasts with its side."""
-    if LEFT_OUT == OWN_POSITIVE:
-        return stream == positive
-    if LEFT_OUT == STREAM_POSITIVE:
-        return own == positive
+def left_out(own, stream, span, LEFT_OUT: tl.constexpr):
+    """The pairs that their position leaves out, from indices that broadcast against each other."""
     if LEFT_OUT == JOINT:
         return (own == stream) | (stream - own == span) | (own - stream == span)
-    return own == stream
+    return stream - own == span
