@@ -41,7 +41,9 @@ def _body(op: str, which: int) -> Callable:
         *inputs, backend = arguments
         tensors = [x for x in inputs if x is None or isinstance(x, torch.Tensor)]
         chosen = dispatch.choose(op, backend, tensors)
-        return dispatch.implementation(op, chosen)[which](*inputs)
+        kind = next(t for t in tensors if t is not None).device.type
+        with torch.autocast(kind, enabled=False):  # an op states its own precision
+            return dispatch.implementation(op, chosen)[which](*inputs)
 
     return body
 
