@@ -1,13 +1,14 @@
 """Compile the Triton kernels without a GPU and read from their machine code: registers, spills, matrix instructions, instructions a pair.
 
-`python -m benchmarks.static` prints a table and writes benchmarks/results/static/infonce.json; with `--gate` only what `tests/test_static.py`
-asserts.
+`python -m benchmarks.static` prints a table and writes benchmarks/results/static/infonce.json; `--gate` takes only what
+`tests/test_static.py` asserts.
 
-Counted is the innermost loop with the most exponentials, along its interior path: a forward branch inside the loop that jumps over neither a
-matrix instruction nor an exponential goes around code that masks single pairs, and interior tiles take the jump. The pairs of one trip are the
-work of its matrix instructions (their shape is in the opcode) over the features that the kernel multiplies, so that unrolling counts by itself;
-without matrix instructions they are one tile. A multiprocessor issues 128 lanes and 16 MUFU a clock, so that clocks a pair =
-max(instructions / 128, MUFU / 16).
+Counted is the innermost loop with the most exponentials, along its interior path: a forward branch inside the loop that jumps over neither
+a matrix instruction nor an exponential goes around code that masks single pairs, and interior tiles take the jump. The pairs of one trip
+are the work of its matrix instructions (their shape is in the opcode) over the features that the kernel multiplies, so that unrolling
+counts by itself; without matrix instructions they are one tile. A multiprocessor issues 128 lanes and 16 MUFU a clock, so that clocks a
+pair = max(instructions / 128, MUFU / 16). Beyond D = 256 the features are a loop of their own and the pairs are not counted. A "!" marks
+more shared memory than the chip has.
 """
 
 import argparse
@@ -81,6 +82,7 @@ def variants(gate: bool) -> list[Variant]:
     for d in (64, 128, 256):
         found += [_sums("sums joint shifted", d, JOINT, SHIFT=True), _products("products joint shifted", d, JOINT, REGIME=SHIFTED)]
         found += [_sums("sums joint masks", d, JOINT, VALID=True), _sums("sums joint masks ids", d, JOINT, VALID=True, IDS=True)]
+        found += [_sums("sums forward masks ids", d, OWN_POSITIVE, STREAM_SUMS=False, VALID=True, IDS=True)]
         found += [_sums("sums forward positive", d, OWN_POSITIVE, STREAM_SUMS=False), _sums("sums queue", d, NOTHING, STREAM_SUMS=False)]
         found += [_products("products joint ids", d, JOINT, IDS=True), _products("products queue", d, NOTHING, STREAM_ANCHORS=False)]
         found += [_products("products forward a", d, OWN_POSITIVE, STREAM_ANCHORS=False)]
@@ -99,7 +101,7 @@ def _sums(name: str, d: int, left_out, *, gate: bool = False, precision: str = "
         "D": form.d, "CHUNK": form.chunk, "LEFT_OUT": left_out.value, "TRIANGLE": left_out is JOINT, "STREAM_SUMS": True, "VALID": False,
         "IDS": False, "SHIFT": False, "PRECISION": form.precision,
     }  # fmt: skip
-    masked = changes.get("VALID", False)
+    masked = changes.get("VALID", False) or changes.get("IDS", False) or left_out is OWN_POSITIVE
 
     def blocks(shared):
         return infonce_blocks.sum_blocks(form, masked, shared).options
@@ -268,8 +270,8 @@ def show(row: dict) -> str:
     texts = ["" if number is None else f"{number:.4g}" for number in numbers]
     flag = " " if row["fits"] else "!"
     return (
-        f"sm_{row['sm']}  {row['kernel']:24} D={row['d']:<4} {blocks:14} {row['registers']:>4} {row['spills']:>6} {row['shared_bytes']:>7}{flag} "
-        f"{texts[0]:>7} {texts[1]:>6} {texts[2]:>8}  {matrix}"
+        f"sm_{row['sm']}  {row['kernel']:24} D={row['d']:<4} {blocks:14} {row['registers']:>4} {row['spills']:>6} "
+        f"{row['shared_bytes']:>7}{flag} {texts[0]:>7} {texts[1]:>6} {texts[2]:>8}  {matrix}"
     )
 
 

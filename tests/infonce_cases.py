@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-# Fields left out take the values of DEFAULTS. N = 64, 70 straddle a block, D = 16, 17 a padding step. Blocks free of left-out pairs, and several
-# parts of a sweep, begin at a few hundred rows: the four cases at the end.
+# Fields left out take the values of DEFAULTS. N = 64, 70 straddle a block, D = 16, 17 a padding step. Blocks free of left-out pairs, and
+# several parts of a sweep, begin at a few hundred rows: the four cases at the end.
 DEFAULTS = {
     "negatives": "joint",
     "groups": 1,

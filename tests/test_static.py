@@ -1,6 +1,6 @@
 """What the compiler makes of the infonce kernels for sm_90 without a GPU: cost a pair, Hopper's matrix instructions, no spills.
 
-The gate is at D = 64 and 128, "joint" and "cross", forward and each backward pass. A process of its own compiles, because this one interprets.
+The gate: D = 64 and 128, "joint" and "cross", forward and each backward pass. A process of its own compiles, because this one interprets.
 """
 
 import json
@@ -26,7 +26,8 @@ def rows(tmp_path_factory):
 
 
 def test_every_gated_kernel_is_there(rows):
-    assert {(row["kernel"], row["d"]) for row in rows} == {(f"{k} {n}", d) for k in ("sums", "products") for n in ("cross", "joint") for d in (64, 128)}
+    names = [f"{kernel} {negatives}" for kernel in ("sums", "products") for negatives in ("cross", "joint")]
+    assert {(row["kernel"], row["d"]) for row in rows} == {(name, d) for name in names for d in (64, 128)}
 
 
 def test_clocks_a_pair(rows):

@@ -131,7 +131,7 @@ def gradients(
     D: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, OWN_ANCHORS: tl.constexpr, STREAM_ANCHORS: tl.constexpr,
     INDEX: tl.constexpr, PARTNERS: tl.constexpr, QUEUE: tl.constexpr, DOTS: tl.constexpr, UNSCALE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of `count` rows: parts summed in their order, positive pairs added, scaled, invalid rows zeroed, stored where the row came from."""
+    """Gradient of `count` rows: sum the parts in order, add the positive pairs, scale, zero invalid rows, store where they came from."""
     blocks = tl.cdiv(count, BLOCK)
     group = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -65,17 +65,18 @@ def format_of(width: int, dtypes: set[torch.dtype], precision: str | None) -> Fo
 
 
 def sum_blocks(form: Format, masked: bool, shared: int = SHARED_H100) -> Blocks:
-    """64 streamed rows leave 64 values of the tile to a thread. What is kept is so wide that its loads from L2, 2 D / own bytes a pair,
-    cost less than the exponentials or products: 128 rows to D = 64, 256 beyond. 128 registers keep 16 warps on a multiprocessor, which
-    overlap one's exponentials with another's products; masks hold one more value a column."""
+    """`masked`: single pairs are left out by masks, ids or given positives.
+
+    64 streamed rows leave 64 values of the tile to a thread. What is kept is so wide that its loads from L2, 2 D / own bytes a pair, take
+    less time than the exponentials or products: 128 rows to D = 64, 256 beyond. 128 registers keep 16 warps on a multiprocessor, which
+    overlap one's exponentials with another's products; masks hold one more value a column.
+    """
     if not form.half:
         return _fitting(form, shared, False, Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1))
     narrow = Blocks(128, 64, 4, 3, 168) if masked else Blocks(128, 64, 4, 3, 128)
-    if form.d <= 64:
-        return narrow
-    wide = [] if masked else [Blocks(256, 64, 8, 3, 128), Blocks(256, 64, 8, 2)][form.d > 128 :]
-    tighter = [narrow._replace(maxnreg=None), Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 2)]
-    return _fitting(form, shared, False, *wide, *tighter)
+    wide = [] if masked or form.d <= 64 else [Blocks(256, 64, 8, 3, 128), Blocks(256, 64, 8, 2)][form.d > 128 :]
+    narrow = narrow if form.d <= 64 else narrow._replace(maxnreg=None)
+    return _fitting(form, shared, False, *wide, narrow, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 2))
 
 
 def row_blocks(form: Format, shared: int = SHARED_H100) -> Blocks:
@@ -101,7 +102,8 @@ def _fitting(form: Format, shared: int, product: bool, *candidates: Blocks) -> B
             return blocks.own * form.d * form.bytes + blocks.num_stages * (blocks.stream * form.d * form.bytes + copy)
         return blocks.num_stages * (blocks.own + blocks.stream) * form.chunk * form.bytes + copy
 
-    return next((blocks for blocks in candidates if held(blocks) + 1536 <= shared), candidates[-1])
+    blocks = next((blocks for blocks in candidates if held(blocks) + 1536 <= shared), candidates[-1])
+    return blocks if shared >= SHARED_H100 else blocks._replace(maxnreg=None)  # before Hopper operands take registers too
 
 
 def parts_of(own_blocks: int, tiles: int, groups: int) -> tuple[int, int]:

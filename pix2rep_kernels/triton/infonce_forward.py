@@ -33,7 +33,7 @@ def sums(
     LEFT_OUT: tl.constexpr, TRIANGLE: tl.constexpr, STREAM_SUMS: tl.constexpr, VALID: tl.constexpr, IDS: tl.constexpr, SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """TRIANGLE: own and stream are the same rows in the same parts; those below the diagonal mirror those above, on it stream sums are all."""
+    """TRIANGLE: own and stream are the same rows in the same parts; those below the diagonal mirror those above."""
     program = tl.program_id(0)
     stream_part = program % stream_parts
     own_part = program // stream_parts % own_parts
@@ -96,7 +96,7 @@ def sums(
                     tl.store(stream_sums_ptr + stream, so_far + tl.sum(by_stream, 1))
         own_sums = tl.sum(tl.sum(total, 0), 0)
         if TRIANGLE:
-            if stream_part != own_part:
+            if stream_part != own_part:  # a part on the diagonal is a full square, whose stream sums are all there is
                 tl.store(own_sums_ptr + own, own_sums)
         else:
             tl.store(own_sums_ptr + own, own_sums)
@@ -249,15 +249,15 @@ def _sweep(problem: Problem, own: Rows, stream: Rows, left_out: int, *, triangle
     empty = own.weight
     if problem.regime == ONLINE.value:
         return [_online(problem, *pair, left_out, Sums(empty.unsqueeze(0), empty), has_ids) for pair in pairs]
-    masked = own.ragged or stream.ragged
-    blocks = sum_blocks(form, masked, problem.shared)
+    weighed = own.ragged or stream.ragged
+    blocks = sum_blocks(form, weighed or has_ids or left_out == OWN_POSITIVE.value, problem.shared)
     own_blocks, tiles = triton.cdiv(own.count, blocks.own), triton.cdiv(stream.count, blocks.stream)
     own_part, part_tiles = triangle_parts_of(own_blocks, blocks) if triangle else parts_of(own_blocks, tiles, problem.groups)
     own_parts, stream_parts = triton.cdiv(own_blocks, own_part), triton.cdiv(tiles, part_tiles)
     edge = int(left_out in (DIAGONAL.value, JOINT.value))
     found = [empty.new_zeros((own_parts + edge, problem.groups, stream.padded))] if both or triangle else []
     found.insert(0, found[0] if triangle else empty.new_empty((stream_parts + edge, problem.groups, own.padded)))
-    options = {"VALID": masked, "IDS": has_ids, "SHIFT": problem.regime == SHIFTED.value, "PRECISION": form.precision}
+    options = {"VALID": weighed, "IDS": has_ids, "SHIFT": problem.regime == SHIFTED.value, "PRECISION": form.precision}
     sums[(own_parts * stream_parts * problem.groups,)](
         own.scaled, stream.scaled, own.weight, stream.weight, own.ids, stream.ids, problem.positive, found[0], found[-1], *problem.clamp,
         problem.headroom, problem.groups, own.count, stream.count, own.padded, stream.padded, stream.scaled.shape[0], problem.span,
