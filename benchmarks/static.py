@@ -6,9 +6,9 @@
 Counted is the innermost loop with the most exponentials, along its interior path: a forward branch inside the loop that jumps over neither
 a matrix instruction nor an exponential goes around code that masks single pairs, and interior tiles take the jump. The pairs of one trip
 are the work of its matrix instructions (their shape is in the opcode) over the features that the kernel multiplies, so that unrolling
-counts by itself; without matrix instructions they are one tile. A multiprocessor issues 128 lanes and 16 MUFU a clock, so that clocks a
-pair = max(instructions / 128, MUFU / 16). Beyond D = 256 the features are a loop of their own and the pairs are not counted. A "!" marks
-more shared memory than the chip has.
+counts by itself; without matrix instructions they are one tile. Where the features are a loop inside, its instructions count once a chunk.
+A multiprocessor issues 128 lanes and 16 MUFU a clock, so that clocks a pair = max(instructions / 128, MUFU / 16). A "!" marks more shared
+memory than the chip has.
 """
 
 import argparse
@@ -209,25 +209,30 @@ def target(text: str) -> int | None:
     return int(match[1], 16) if match else None
 
 
-def interior(code: Code) -> list[str]:
-    """Instructions of the hot loop along the path of interior tiles; [] when no loop has an exponential."""
+def interior(code: Code, chunks: int) -> list[tuple[str, int]]:
+    """Instructions of the hot loop along the path of interior tiles, each with its runs a trip; [] when no loop has an exponential."""
     loops = [(target(text), address) for address, text in code.instructions if (target(text) or address) < address]
-    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
 
     def costly(first, last):
         texts = [text for address, text in code.instructions if first <= address <= last]
         return sum(opcode(t) == "MUFU.EX2" for t in texts), sum(bool(matrix_work(t)) for t in texts)
 
-    if not inner:
+    hot = [loop for loop in loops if costly(*loop)[0]]
+    if not hot:
         return []
-    first, last = max(inner, key=lambda loop: costly(*loop))
+    innermost = [(a, b) for a, b in hot if not any((c, d) != (a, b) and a <= c and d <= b for c, d in hot)]
+    first, last = max(innermost, key=lambda loop: costly(*loop))
+    inner = [(a, b) for a, b in loops if first <= a and b <= last and (a, b) != (first, last)]
     skipped = []
     for address, text in code.instructions:
         to = target(text)
         if first <= address < last and to and address < to <= last and costly(address + 1, to - 1) == (0, 0):
             skipped.append((address, to))
-    body = [text for address, text in code.instructions if first <= address <= last and not any(a < address < b for a, b in skipped)]
-    return body if any(opcode(text) == "MUFU.EX2" for text in body) else []
+    return [
+        (text, chunks if any(a <= address <= b for a, b in inner) else 1)
+        for address, text in code.instructions
+        if first <= address <= last and not any(a < address < b for a, b in skipped)
+    ]
 
 
 def measure(variant: Variant, arch: int) -> dict:
@@ -240,19 +245,21 @@ def measure(variant: Variant, arch: int) -> dict:
         "spills": sum(opcode(text).startswith(("LDL", "STL")) for _, text in code.instructions), "shared_bytes": code.shared,
         "fits": code.shared <= SHARED[arch], "gate": variant.gate,
     }  # fmt: skip
-    body = interior(code) if variant.features else []
+    body = interior(code, variant.format.d // variant.format.chunk) if variant.features else []
     if not body:
         return row
-    operations = collections.Counter(opcode(text) for text in body)
+    operations = collections.Counter()
+    for text, runs in body:
+        operations[opcode(text)] += runs
     lanes = 32 * warps
     tile = blocks["OWN"] * blocks["STREAM"]
-    work = sum(matrix_work(text) for text in body) * (warps // 4 if any("HGMMA" in name for name in operations) else warps)
+    work = sum(matrix_work(text) * runs for text, runs in body) * (warps // 4 if any("HGMMA" in name for name in operations) else warps)
     passes = 3 if variant.format.precision == "tf32x3" else 1
     trips = round(work / (tile * variant.features * passes)) if work else 1
     pairs = tile * trips / lanes
     mufu = sum(count for name, count in operations.items() if name.startswith("MUFU"))
     matrix = {name: count for name, count in sorted(operations.items()) if name.startswith(("HGMMA", "HMMA"))}
-    instructions = len(body)
+    instructions = operations.total()
     clocks = max(instructions / 128, mufu / 16) / pairs
     return row | {
         "tiles_a_trip": trips,

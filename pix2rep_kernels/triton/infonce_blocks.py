@@ -55,13 +55,18 @@ class Blocks(NamedTuple):
 
 
 def format_of(width: int, dtypes: set[torch.dtype], precision: str | None) -> Format:
-    """Features are padded to a power of two up to 256, where exponentials or loads cost more than padding; beyond to a multiple of 128."""
+    """Features are padded to a power of two up to 256, where exponentials or loads cost more than padding; beyond to a multiple of 128.
+
+    float16 rows are held whole to 256 features. float32 rows are taken in chunks: whole ones fill the registers, as parts of three products
+    or as operands of scalar ones.
+    """
     if precision is None:
         strict = torch.float32 in dtypes and torch.get_float32_matmul_precision() == "highest"
         precision = "tf32x3" if strict else "fp16"
     d = max(16, triton.next_power_of_2(width)) if width <= 256 else triton.cdiv(width, 128) * 128
     half = precision == "fp16"
-    return Format(half, "ieee" if half else precision, d, d if d <= 256 else 128, triton.next_power_of_2(d))
+    chunk = (d if d <= 256 else 128) if half else min(d, 32)
+    return Format(half, "ieee" if half else precision, d, chunk, triton.next_power_of_2(d))
 
 
 def sum_blocks(form: Format, masked: bool, shared: int = SHARED_H100) -> Blocks:
@@ -72,23 +77,23 @@ def sum_blocks(form: Format, masked: bool, shared: int = SHARED_H100) -> Blocks:
     overlap one's exponentials with another's products; masks hold one more value a column.
     """
     if not form.half:
-        return _fitting(form, shared, False, Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1))
+        return Blocks(64, 64, 4, 2)
     narrow = Blocks(128, 64, 4, 3, 168) if masked else Blocks(128, 64, 4, 3, 128)
-    wide = [] if masked or form.d <= 64 else [Blocks(256, 64, 8, 3, 128), Blocks(256, 64, 8, 2)][form.d > 128 :]
+    wide = [] if form.d <= 64 or (masked and form.d == 128) else [Blocks(256, 64, 8, 3, 128), Blocks(256, 64, 8, 2)][form.d > 128 :]
     narrow = narrow if form.d <= 64 else narrow._replace(maxnreg=None)
     return _fitting(form, shared, False, *wide, narrow, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 2))
 
 
 def row_blocks(form: Format, shared: int = SHARED_H100) -> Blocks:
     """Of the rare sweeps, over edges and with a running maximum: what fits everywhere."""
-    return _fitting(form, shared, False, Blocks(64, 64, 4, 2) if form.half else Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1))
+    return _fitting(form, shared, False, Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 1)) if form.half else Blocks(64, 32, 4, 2)
 
 
 def product_blocks(form: Format, shared: int = SHARED_H100) -> Blocks:
     """128 own rows, because loads from L2 are 4 D / own bytes a pair. A thread of 8 warps holds 64 values of the tile and 64 of the
     accumulator at D = 128; beyond, 32 and 128. To D = 64 two programs share a multiprocessor."""
     if not form.half:
-        return _fitting(form, shared, True, Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1))
+        return Blocks(64, 32, 4, 2)
     wide = [Blocks(128, 128, 8, 2, 128 if form.d <= 64 else None)] if form.slice <= 128 else []
     return _fitting(form, shared, True, *wide, Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1))
 

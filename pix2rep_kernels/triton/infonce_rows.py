@@ -67,8 +67,10 @@ def log2_sum(sums_ptr, lse2_ptr, row, mask, parts, part_stride, shift, too_small
     if REGIME == ONLINE:
         return tl.load(lse2_ptr + row, mask=mask, other=0.0)
     total = tl.zeros(row.shape, tl.float32)
-    for part in range(parts):
-        total += tl.load(sums_ptr + tl.cast(part, tl.int64) * part_stride + row, mask=mask, other=1.0)
+    for first in range(0, parts, 16):  # 16 loads under way at a time
+        part = first + tl.arange(0, 16)
+        cells = part[:, None].to(tl.int64) * part_stride + row[None, :]
+        total += tl.sum(tl.load(sums_ptr + cells, mask=(part < parts)[:, None] & mask[None, :], other=0.0), 0)
     log2 = tl.log2(total) + shift
     if REGIME == SHIFTED:
         log2 = tl.where(total < too_small, tl.load(lse2_ptr + row, mask=mask, other=0.0), log2)
