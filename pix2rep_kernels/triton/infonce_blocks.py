@@ -78,9 +78,8 @@ def sum_blocks(form: Format, masked: bool, shared: int = SHARED_H100) -> Blocks:
     """
     if not form.half:
         return Blocks(64, 64, 4, 2)
-    narrow = Blocks(128, 64, 4, 3, 168) if masked else Blocks(128, 64, 4, 3, 128)
     wide = [] if form.d <= 64 or (masked and form.d == 128) else [Blocks(256, 64, 8, 3, 128), Blocks(256, 64, 8, 2)][form.d > 128 :]
-    narrow = narrow if form.d <= 64 else narrow._replace(maxnreg=None)
+    narrow = Blocks(128, 64, 4, 3, 128 if form.d <= 64 and not masked else None)
     return _fitting(form, shared, False, *wide, narrow, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 2))
 
 
