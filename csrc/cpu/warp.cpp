@@ -67,7 +67,7 @@ struct Arguments {
   }
 
   int64_t per_image() const { return product(size.data(), size.data() + size.size()); }
-  Points points() const { return Points(given ? data<int64_t>(*given) : nullptr, count, shape[0], per_image()); }
+  Points points() const { return Points(!given, given ? data<int64_t>(*given) : nullptr, count, shape[0], per_image()); }
 
   // f(WarpGrid) of the grid's type.
   template <class F>

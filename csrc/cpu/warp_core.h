@@ -60,10 +60,10 @@ struct Points {
   std::vector<int64_t> first_chunk;  // [B + 1]
   int64_t per_image;
 
-  // `points` have been checked; nullptr: all.
-  Points(const int64_t* points, int64_t count, int64_t batch, int64_t per_image) : per_image(per_image) {
+  // `points` have been checked; unread when `all`.
+  Points(bool all, const int64_t* points, int64_t count, int64_t batch, int64_t per_image) : per_image(per_image) {
     std::vector<int64_t> starts(batch + 1);
-    if (points) {
+    if (!all) {
       for (int64_t p = 0; p < count; ++p) ++starts[points[p] / per_image + 1];
       for (int64_t b = 0; b < batch; ++b) starts[b + 1] += starts[b];
       order.resize(count), local.resize(count);

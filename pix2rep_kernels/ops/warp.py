@@ -85,6 +85,7 @@ def _check(features, grid, size, points, mode, padding_mode) -> tuple[int, ...]:
     dims = features.ndim - 2
     expect(dims in (2, 3), "features", "have shape [B, C, H, W] or [B, C, D, H, W]", tuple(features.shape))
     expect(features.numel() > 0 or 0 in features.shape[:2], "features", "have no empty spatial axis", tuple(features.shape))
+    expect(max(features.shape[2:]) <= 2**24, "features", "have spatial axes of at most 2^24, the whole numbers of float32", tuple(features.shape))
     expect_choice(mode, "mode", MODES)
     expect(mode != "bicubic" or dims == 2, "mode", 'be "linear" or "nearest" with 3 spatial axes', repr(mode))
     expect_choice(padding_mode, "padding_mode", PADDING_MODES)
@@ -96,6 +97,7 @@ def _check(features, grid, size, points, mode, padding_mode) -> tuple[int, ...]:
         expect(grid.shape == (batch, dims, dims + 1), "grid", f"have shape {(batch, dims, dims + 1)} (affine)", tuple(grid.shape))
         size = tuple(features.shape[2:]) if size is None else tuple(size)
         expect(len(size) == dims, "size", f"have {dims} entries", size)
+        expect(min(size) >= 0, "size", "have no negative entry", size)
     else:
         dense = grid.ndim == dims + 2 and grid.shape[0] == batch and grid.shape[-1] == dims
         expect(dense, "grid", f"have shape [{batch}, {dims}, {dims + 1}] or [{batch}, *S_out, {dims}]", tuple(grid.shape))

@@ -1,0 +1,469 @@
+"""warp: values, gradients, properties, edges, registration, determinism; every backend that runs here, against F.grid_sample in float64."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pix2rep_kernels import warp
+from pix2rep_kernels.ops.warp import memory_format
+from pix2rep_kernels.testing import backends, error, poisoned, tolerance
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid:UserWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numpy's, of NaN and inf in the interpreter
+]
+FAST = [b for b in backends("warp") if b != "triton" or torch.cuda.is_available()]  # interpreted kernels have a table of their own
+DEVICE = {b: "cuda" if b in ("triton", "cuda") and torch.cuda.is_available() else "cpu" for b in backends("warp")}
+SPACES = {2: ((5, 7), (4, 9)), 3: ((3, 4, 5), (2, 5, 3))}  # S, S_out
+MODES = (("linear", 2), ("nearest", 2), ("bicubic", 2), ("linear", 3), ("nearest", 3))
+
+
+def problem(dims=2, channels=17, batch=2, layout="last", affine=True, points=None, dtype=torch.float32, grid_dtype=torch.float32, **options):
+    """Features, grid and keyword arguments of one call; about a third of the points lie outside."""
+    space, size = options.pop("space", SPACES[dims][0]), options.pop("size", SPACES[dims][1])
+    features = torch.randn(batch, channels, *space, dtype=torch.float64).to(dtype)
+    if layout == "last":
+        features = features.to(memory_format=memory_format(dims + 2))
+    if layout == "strided":  # channels are neither last nor in planes
+        features = features.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if affine:
+        grid = torch.eye(dims, dims + 1, dtype=grid_dtype) + 0.3 * torch.randn(batch, dims, dims + 1, dtype=grid_dtype)
+        options["size"] = size
+    else:
+        grid = torch.rand(batch, *size, dims, dtype=grid_dtype) * 2.6 - 1.3
+    if points is not None:
+        options["points"] = torch.randint(batch * math.prod(size), (points,))
+    return features, grid, options
+
+
+def pytorch(features, grid, *, size=None, points=None, mode="linear", align_corners=True, padding_mode="zeros", normalize=False):
+    """The composition that warp replaces, in the grid's precision."""
+    if grid.ndim == 3:
+        grid = F.affine_grid(grid, (len(grid), 1, *(size or features.shape[2:])), align_corners=align_corners)
+    mode = {"linear": "bilinear"}.get(mode, mode)
+    warped = F.grid_sample(features.to(grid.dtype), grid, mode=mode, padding_mode=padding_mode, align_corners=align_corners)
+    rows = warped.movedim(1, -1).flatten(0, -2)
+    rows = rows if points is None else rows[points]
+    return (F.normalize(rows) if normalize else rows).to(features.dtype)
+
+
+def ours(backend):
+    def run(features, grid, *, points=None, **options):
+        device = DEVICE[backend]
+        points = None if points is None else points.to(device)
+        return warp(features.to(device), grid.to(device), points=points, backend=backend, **options)[0].cpu()
+
+    return run
+
+
+def both(function, features, grid, upstream, **options):
+    """rows and the gradient of the features."""
+    features = features.detach().requires_grad_()
+    rows = function(features, grid, **options)
+    rows.backward(upstream.to(rows.dtype))
+    return rows.detach(), features.grad
+
+
+def compare(backend, features, grid, sorted_sums=True, **options):
+    """Rows and gradient no further from float64 than twice PyTorch's own at the same precision; memory is poisoned unless atomics are asked for.
+
+    In float64 PyTorch is the truth; its own error is then that of a coordinate, two roundings of up to a half of the largest axis either way.
+    """
+    count = len(features) * math.prod(options.get("size") or grid.shape[1:-1]) if options.get("points") is None else len(options["points"])
+    upstream = torch.randn(count, features.shape[1], dtype=torch.float64)
+    truth = both(pytorch, features.double(), grid.double(), upstream.to(features.dtype), **options)
+    eager = both(pytorch, features, grid, upstream, **options)
+    if sorted_sums:
+        with poisoned():
+            got = both(ours(backend), features, grid, upstream, **options)
+    else:
+        got = both(ours(backend), features, grid, upstream, **options)
+    coordinate = 2 * max(features.shape[2:]) * torch.finfo(torch.float64).eps
+    for g, e, t in zip(got, eager, truth, strict=True):
+        assert g.dtype == features.dtype and g.shape == t.shape
+        own = max(error([e], [t]), coordinate)
+        assert error([g], [t]) <= tolerance(own, g.dtype), (backend, features.dtype, options)
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("mode, dims", MODES)
+@pytest.mark.parametrize("backend", FAST)
+def test_values_and_gradients(backend, mode, dims):
+    """Every option, against F.affine_grid, F.grid_sample and F.normalize."""
+    options = itertools.product((True, False), ("zeros", "border"), (True, False), ("last", "first"), (True, False), (None, 23))
+    for align_corners, padding_mode, normalize, layout, affine, points in options:
+        features, grid, keywords = problem(dims, layout=layout, affine=affine, points=points, mode=mode)
+        compare(backend, features, grid, align_corners=align_corners, padding_mode=padding_mode, normalize=normalize, **keywords)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", FAST)
+def test_precisions(backend, dtype):
+    if dtype == torch.float64 and backend == "triton":
+        pytest.skip("float64 runs on the backends reference and cpu only")
+    for layout, points, normalize, dims in itertools.product(("last", "first", "strided"), (None, 2), (True, False), (2, 3)):
+        grid_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        features, grid, options = problem(dims, 33, layout=layout, points=points, dtype=dtype, grid_dtype=grid_dtype, space=(6,) * dims)
+        compare(backend, features, grid, normalize=normalize, **options)
+
+
+@pytest.mark.parametrize("backend", [b for b in FAST if b != "triton"])
+def test_gradcheck(backend):
+    for (mode, dims), normalize, layout in itertools.product(MODES, (True, False), ("last", "first")):
+        features, grid, options = problem(dims, 3, layout=layout, points=9, dtype=torch.float64, grid_dtype=torch.float64, mode=mode)
+        assert torch.autograd.gradcheck(
+            lambda f, grid=grid, normalize=normalize, options=options: warp(f, grid, normalize=normalize, backend=backend, **options)[0],
+            features.requires_grad_(),
+        )
+
+
+TRITON_CASES = [
+    *({"dims": dims, "mode": mode, "points": 9, "normalize": True} for mode, dims in MODES),
+    *({"dims": dims, "mode": mode, "points": 9, "layout": "first", "affine": False, "padding_mode": "border"} for mode, dims in MODES),
+    *({"dims": dims, "mode": mode, "points": 9, "align_corners": False, "sorted_sums": False} for mode, dims in MODES),
+    *({"layout": layout, "sorted_sums": sums} for layout in ("last", "first", "strided") for sums in (True, False)),
+    *({"channels": c, "normalize": c > 1, "points": 5} for c in (1, 3, 16, 33, 100)),
+    *({"channels": c, "normalize": c > 1, "points": 5, "layout": "first", "sorted_sums": False} for c in (1, 3, 16, 33, 100)),
+    {"channels": 700, "normalize": True, "points": 2, "space": (2, 2), "size": (2, 2)},  # more than one block of channels
+    {"channels": 150, "normalize": True, "points": 2, "space": (2, 2), "size": (2, 2), "layout": "first", "sorted_sums": False},
+    {"dtype": torch.float16, "normalize": True, "points": 9},
+    {"dtype": torch.bfloat16, "layout": "first", "points": 9},
+    {"dtype": torch.bfloat16, "normalize": True, "sorted_sums": False, "points": 9},
+    {"space": (1, 1), "size": (1, 1)},
+    {"space": (1, 6), "size": (3, 1), "align_corners": False},
+]  # fmt: skip
+
+
+@pytest.mark.skipif("triton" not in backends("warp"), reason="triton does not run here")
+@pytest.mark.parametrize("case", TRITON_CASES, ids=lambda case: "-".join(str(v) for v in case.values()).replace("torch.", ""))
+def test_triton(case):
+    features, grid, options = problem(**case)
+    compare("triton", features, grid, **options)
+
+
+# Properties
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_identity_grid_gathers(backend):
+    features, _, _ = problem(channels=20, space=(6, 8))
+    points = torch.randint(2 * 48, (30,))
+    identity = torch.eye(2, 3).expand(2, -1, -1)
+    for mode in ("nearest", "linear", "bicubic"):
+        rows, inside = warp(features.to(DEVICE[backend]), identity.to(DEVICE[backend]), points=points.to(DEVICE[backend]), mode=mode, backend=backend)
+        expected = features.movedim(1, -1).flatten(0, -2)[points]
+        assert error([rows], [expected]) <= (0 if mode == "nearest" else 8 * torch.finfo(torch.float32).eps)
+        assert inside.all()
+
+
+@pytest.mark.parametrize("backend", [b for b in FAST if b != "triton"])
+def test_linear_and_adjoint(backend):
+    """W is linear, and its gradient is its transpose: <W f, g> = <f, W^T g>."""
+    for (mode, dims), layout in itertools.product(MODES, ("last", "first")):
+        f, grid, options = problem(dims, layout=layout, dtype=torch.float64, grid_dtype=torch.float64, mode=mode)
+        h = torch.randn_like(f)
+        call = ours(backend)
+        w = call(f, grid, **options)
+        assert error([call(2 * f - 3 * h, grid, **options)], [2 * w - 3 * call(h, grid, **options)]) < 1e-14
+        g = torch.randn_like(w)
+        _, transposed = both(call, f, grid, g, **options)
+        left, right = (w * g).sum(), (f * transposed).sum()
+        assert abs(left - right) < 1e-12 * w.norm() * g.norm()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_unit_rows_and_inside(backend):
+    features, grid, _ = problem(affine=False, padding_mode="border")
+    grid[0, 0, 0], grid[0, 0, 1], grid[0, 0, 2] = torch.tensor([-1.0, 1.0]), torch.tensor([1.0000001, 0.0]), torch.tensor([0.0, -1.0000001])
+    for align_corners in (True, False):
+        rows, inside = warp(
+            features.to(DEVICE[backend]), grid.to(DEVICE[backend]), padding_mode="border", normalize=True, align_corners=align_corners, backend=backend
+        )
+        assert torch.allclose(rows.norm(dim=1), torch.ones(1, device=rows.device), atol=4 * torch.finfo(torch.float32).eps)
+        assert torch.equal(inside.cpu(), (grid.abs() <= 1).all(-1).flatten())
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_nearest_ties_fall_as_in_the_reference(backend):
+    """Whole and half pixels, where one rounding of a coordinate moves the tap; affine grids in float32."""
+    features = torch.arange(2 * 33 * 17.0).reshape(2, 1, 33, 17).expand(-1, 9, -1, -1)
+    for scale, shift, align_corners in itertools.product((1.0, 0.5, 2.0, 1 / 3), (0.0, 1 / 32, 1 / 16, 0.1), (True, False)):
+        theta = torch.tensor([[scale, 0.0, shift], [0.0, scale, -shift]]).repeat(2, 1, 1)
+        call = {"size": (32, 16), "mode": "nearest", "align_corners": align_corners}
+        assert torch.equal(ours(backend)(features, theta, **call), ours("reference")(features, theta, **call))
+
+
+# Edges
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_channels_and_sizes(backend):
+    for channels, layout, points in itertools.product((1, 3, 16, 17, 33, 100), ("last", "first", "strided"), (None, 3, 300)):
+        features, grid, options = problem(channels=channels, layout=layout, points=points, space=(13, 11))
+        compare(backend, features, grid, normalize=channels > 1, **options)
+    for space, size in (((1, 1), (1, 1)), ((1, 9), (4, 1)), ((64, 3), (3, 64)), ((16, 16), (40, 40))):
+        for align_corners, layout in itertools.product((True, False), ("last", "first")):
+            features, grid, options = problem(channels=24, layout=layout, space=space, size=size)
+            compare(backend, features, grid, align_corners=align_corners, **options)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_strides(backend):
+    """Slices, flips, expanded and overlapping tensors, an offset that no vector is aligned to, strided points, grids and gradients."""
+    wide, grid, options = problem(channels=40, batch=4, space=(12, 14), layout="first")
+    views = {
+        "channels": wide[:, 3:30:2], "rows": wide[:, :, 1:-1], "columns": wide[:, :, :, 1:-2], "images": wide[::2].repeat(2, 1, 1, 1),
+        "transposed": wide.transpose(2, 3), "one channel": wide[:, :1].expand(-1, 20, -1, -1), "one pixel": wide[:, :, :1, :1].expand(-1, -1, 5, 6),
+        "one image": wide[:1].expand(4, -1, -1, -1), "offset": torch.randn(wide.numel() + 1)[1:].view_as(wide),
+        "channels of last": wide.contiguous(memory_format=torch.channels_last)[:, 5:25],
+    }  # fmt: skip
+    for features in views.values():
+        compare(backend, features, grid, **options)
+    dense = torch.rand(4, 2, 6, 5).mul(2).sub(1).permute(0, 2, 3, 1)
+    compare(backend, wide, dense, points=torch.randint(120, (20,))[::3])
+    compare(backend, wide, grid[:1].transpose(1, 2).contiguous().transpose(1, 2).expand(4, -1, -1), size=(6, 5))
+    features = wide.requires_grad_()
+    device = DEVICE[backend]
+    warp(features.to(device), grid.to(device), size=(6, 5), backend=backend)[0].sum().backward()  # an expanded gradient
+    expanded = features.grad.clone()
+    features.grad = None
+    warp(features, grid, size=(6, 5), backend="reference")[0].sum().backward()
+    assert error([expanded], [features.grad]) < 1e-6
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_no_points(backend):
+    features, grid, _ = problem(channels=9)
+    none = torch.empty(0, dtype=torch.int64)
+    cases = [
+        (features, grid, {"points": none}),
+        (features, grid, {"size": (0, 4)}),
+        (features[:0], grid[:0], {}),
+        (features[:0], grid[:0], {"points": none}),
+        (features[:, :0], grid, {}),
+    ]
+    for f, g, options in cases:
+        for normalize in (True, False):
+            f = f.detach().requires_grad_()
+            device = DEVICE[backend]
+            options = {k: v.to(device) if k == "points" else v for k, v in options.items()}
+            rows, inside = warp(f.to(device), g.to(device), normalize=normalize, backend=backend, **options)
+            rows.sum().backward()
+            assert rows.shape == (len(inside), f.shape[1]) and f.grad.shape == f.shape and f.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("backend", backends("warp"))
+def test_repeated_points(backend):
+    features, grid, options = problem(channels=5)
+    compare(backend, features, grid, **options, points=torch.tensor([3, 40, 3, 3, 71, 40]))
+
+
+@pytest.mark.parametrize("backend", backends("warp"))
+def test_special_values(backend):
+    """NaN, inf and huge coordinates, NaN and inf pixels and zero vectors do as in the reference, in both layouts; nothing is lost, nothing leaks."""
+    nan, inf = math.nan, math.inf
+    special = [[nan, 0], [0, nan], [inf, 0], [0, -inf], [-inf, inf], [nan, 5], [1e30, 0], [-1e30, -1e30], [3e9, 0.1], [0.1, 0.2], [-1, -1], [1, 1]]
+    grid = torch.tensor(special).view(1, 3, 4, 2)
+    for layout, mode, padding_mode in itertools.product(("last", "first"), ("linear", "nearest", "bicubic"), ("zeros", "border")):
+        features, _, _ = problem(channels=10, batch=1, layout=layout)
+        features[0, :, 2, 3], features[0, 4, 0, 0], features[0, :, 4, 6] = nan, inf, 0
+        upstream = torch.randn(12, 10)
+        for normalize in (True, False) if backend != "triton" else (True,):
+            results = [both(ours(b), features, grid, upstream, mode=mode, padding_mode=padding_mode, normalize=normalize) for b in (backend, "reference")]
+            for got, expected in zip(*results, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+            rows = results[0][0]
+            assert rows[[0, 1, 5]].isnan().all()
+            assert mode == "bicubic" or rows[6:9].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", backends("warp"))
+def test_zero_vectors_normalise_as_in_pytorch(backend):
+    features = torch.zeros(1, 4, 2, 3)
+    features[0, :, 0, 0] = 1e-14
+    features[0, :, 1, 1] = 1.0
+    compare(backend, features, torch.eye(2, 3)[None], size=(2, 3), normalize=True)
+
+
+@pytest.mark.parametrize("backend", backends("warp"))
+def test_one_channel_normalised_is_a_sign(backend):
+    """Its gradient is 0 up to the rounding of (warp.5)."""
+    features = torch.randn(1, 1, 5, 6).sign() * (1 + torch.rand(1, 1, 5, 6))
+    rows, grad = both(ours(backend), features, torch.eye(2, 3)[None], torch.randn(30, 1), mode="nearest", normalize=True)
+    assert error([rows], [features.sign().view(30, 1)]) <= torch.finfo(torch.float32).eps
+    assert grad.abs().max() <= 8 * torch.finfo(torch.float32).eps
+
+
+def test_points_out_of_range():
+    features, grid, _ = problem(channels=4, space=(3, 4))
+    for bad in (-1, 24):
+        for backend in [b for b in FAST if DEVICE[b] == "cpu"]:
+            with pytest.raises((ValueError, RuntimeError), match=rf"`points` must be in \[0, 24\), got values from {min(bad, 2)} to {max(bad, 2)}"):
+                warp(features, grid, points=torch.tensor([2, bad]), backend=backend)
+        if "triton" in backends("warp"):
+            device = DEVICE["triton"]
+            leaf = features.to(device).requires_grad_()
+            rows, inside = warp(leaf, torch.eye(2, 3, device=device).expand(2, -1, -1), points=torch.tensor([2, bad], device=device), backend="triton")
+            assert rows[1].isnan().all() and not inside[1] and rows[0].isfinite().all() and inside[0]
+            rows.sum().backward()
+            assert leaf.grad.isfinite().all()
+
+
+# Registration
+
+
+@pytest.mark.parametrize("backend", [b for b in FAST if DEVICE[b] == "cpu"])
+def test_opcheck(backend):
+    for layout, affine, points, normalize in itertools.product(("last", "first"), (True, False), (None, 6), (True, False)):
+        features, grid, options = problem(channels=3, layout=layout, affine=affine, points=points)
+        size = list(options.get("size", grid.shape[1:-1]))
+        arguments = (features.requires_grad_(), grid, size, options.get("points"), "linear", True, "zeros", normalize, backend)
+        torch.library.opcheck(torch.ops.pix2rep.warp.default, arguments)
+        rows, _, norms = torch.ops.pix2rep.warp(*arguments)
+        backward = (torch.randn_like(rows), rows.detach(), norms, *arguments[1:-1], list(features.shape), layout == "last", backend)
+        torch.library.opcheck(torch.ops.pix2rep.warp_backward.default, backward)
+
+
+@pytest.mark.parametrize("backend", [b for b in FAST if DEVICE[b] == "cpu"])
+def test_compiles_in_one_graph(backend):
+    compiled = torch.compile(lambda f, g, p: warp(f, g, points=p, normalize=True, backend=backend)[0].square().sum(), fullgraph=True, dynamic=True)
+    for space, count in (((6, 8), 5), ((9, 7), 11), ((5, 5), 8)):
+        features, grid, options = problem(channels=4, space=space, size=space, points=count)
+        features.requires_grad_()
+        (grad,) = torch.autograd.grad(compiled(features, grid, options["points"]), features)
+        (plain,) = torch.autograd.grad(warp(features, grid, points=options["points"], normalize=True, backend=backend)[0].square().sum(), features)
+        assert torch.equal(grad, plain)
+
+
+def test_autocast_and_meta():
+    features, grid, options = problem(channels=4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert warp(features, grid, **options)[0].dtype == torch.bfloat16
+    rows, inside = warp(features.to("meta"), grid.to("meta"), normalize=True, **options)
+    assert rows.shape == (72, 4) and rows.device.type == "meta" and inside.shape == (72,) and inside.dtype == torch.bool
+
+
+@pytest.mark.parametrize("backend", [b for b in FAST if DEVICE[b] == "cpu"])
+def test_no_second_derivative_and_none_for_the_grid(backend):
+    features, grid, options = problem(channels=4)
+    features.requires_grad_(), grid.requires_grad_()
+    rows, inside = warp(features, grid, normalize=True, backend=backend, **options)
+    assert not inside.requires_grad
+    grads = torch.autograd.grad(rows.square().sum(), (features, grid), create_graph=True, allow_unused=True)
+    assert grads[1] is None
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grads[0].sum(), features)
+
+
+@pytest.mark.parametrize(
+    "change, kind, message",
+    [
+        ({"features": torch.zeros(2, 3, 4)}, ValueError, r"`features` must have shape \[B, C, H, W\] or \[B, C, D, H, W\], got \(2, 3, 4\)"),
+        ({"features": torch.zeros(2, 3, 4, 4, dtype=torch.int32)}, TypeError, "`features` must be float16, bfloat16, float32 or float64, got int32"),
+        ({"features": torch.zeros(2, 3, 4, 0)}, ValueError, r"`features` must have no empty spatial axis, got \(2, 3, 4, 0\)"),
+        ({"grid": torch.zeros(3, 2, 3)}, ValueError, r"`grid` must have shape \(2, 2, 3\) \(affine\), got \(3, 2, 3\)"),
+        ({"grid": torch.zeros(2, 5, 5, 3)}, ValueError, r"`grid` must have shape \[2, 2, 3\] or \[2, \*S_out, 2\], got \(2, 5, 5, 3\)"),
+        ({"grid": torch.zeros(2, 2, 3, dtype=torch.float16)}, TypeError, "`grid` must be float32 or float64, got float16"),
+        ({"grid": torch.zeros(2, 5, 5, 2), "size": (4, 4)}, ValueError, r"`size` must be \(5, 5\) as the dense grid is, or None, got \(4, 4\)"),
+        ({"size": (4,)}, ValueError, r"`size` must have 2 entries, got \(4,\)"),
+        ({"size": (4, -1)}, ValueError, r"`size` must have no negative entry, got \(4, -1\)"),
+        ({"points": torch.zeros(3)}, TypeError, "`points` must be int64, got float32"),
+        ({"points": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"`points` must have shape \[P\], got \(3, 1\)"),
+        ({"mode": "cubic"}, ValueError, "`mode` must be one of 'linear', 'nearest', 'bicubic', got 'cubic'"),
+        ({"padding_mode": "reflection"}, ValueError, "`padding_mode` must be one of 'zeros', 'border', got 'reflection'"),
+        ({"backend": "fast"}, ValueError, "`backend` must be one of 'auto', .*, got 'fast'"),
+        ({"features": torch.zeros(2, 3, 1, 4, 4), "grid": torch.zeros(2, 3, 4), "mode": "bicubic"}, ValueError, "with 3 spatial axes, got 'bicubic'"),
+        ({"features": torch.zeros(1).expand(1, 1, 1, 2**24 + 1), "grid": torch.zeros(1, 2, 3)}, ValueError, r"`features` must have spatial axes of at most"),
+    ],
+)  # fmt: skip
+def test_bad_input(change, kind, message):
+    with pytest.raises(kind, match=message):
+        warp(**{"features": torch.zeros(2, 3, 4, 4), "grid": torch.zeros(2, 2, 3), **change})
+
+
+# Determinism
+
+
+@pytest.mark.parametrize("layout", ["last", "first"])
+@pytest.mark.parametrize("points", [None, 37, 4000])
+@pytest.mark.skipif("cpu" not in FAST, reason="the CPU kernels are not built")
+def test_same_bits_for_any_number_of_threads(layout, points):
+    features, grid, options = problem(channels=70, batch=3, layout=layout, points=points, space=(31, 33), size=(40, 20))
+    upstream = torch.randn(3 * 800 if points is None else points, 70)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for run in range(20):
+            torch.set_num_threads(1 + run % 2)
+            results.append(both(ours("cpu"), features, grid, upstream, normalize=True, **options))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.skipif("cpu" not in FAST, reason="the CPU kernels are not built")
+def test_same_values_for_every_instruction_set():
+    """PIX2REP_ISA picks a lower one; taps agree exactly, sums to rounding."""
+    code = """
+import torch
+from pix2rep_kernels import warp
+torch.manual_seed(0)
+features = torch.randn(2, 37, 12, 10, requires_grad=True)
+theta = torch.eye(2, 3) + 0.3 * torch.randn(2, 2, 3)
+out = []
+for f in (features, features.contiguous(memory_format=torch.channels_last), features.half(), features.bfloat16()):
+    for mode in ("nearest", "linear", "bicubic"):
+        rows, inside = warp(f, theta, mode=mode, normalize=True, backend="cpu")
+        out += [rows.double(), inside.double(), torch.autograd.grad(rows.double().square().sum() + rows.double().sum(), features)[0].double()]
+torch.save(out, "{}")
+"""
+    results = {}
+    for isa in ("baseline", "avx2", "avx512"):
+        path = Path(os.environ.get("TMPDIR", "/tmp")) / f"warp_{os.getpid()}_{isa}.pt"
+        subprocess.run([sys.executable, "-c", code.format(path)], env={**os.environ, "PIX2REP_ISA": isa}, check=True, cwd=Path(__file__).parents[1])
+        results[isa] = torch.load(path)
+        path.unlink()
+    for isa in ("avx2", "avx512"):
+        for i, (a, b) in enumerate(zip(results[isa], results["baseline"], strict=True)):
+            assert error([a], [b]) <= (1e-6 if i < 18 else 1e-3), (isa, i)
+
+
+@pytest.mark.skipif("triton" not in backends("warp"), reason="triton does not run here")
+def test_triton_sorts_where_determinism_is_asked_for():
+    features, grid, options = problem(channels=5, points=12)
+    options["points"][:] = 7
+    upstream = torch.randn(12, 5)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [both(ours("triton"), features, grid, upstream, **options)[1] for _ in range(2 if DEVICE["triton"] == "cpu" else 20)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+# Compilation for GPUs that are not here
+
+
+def test_triton_compiles_without_spills(tmp_path):
+    """For sm_80 and sm_90, by a process that does not interpret; aligned channels-last rows are read 16 bytes at a time."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    root = Path(__file__).parents[1]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    result = subprocess.run([sys.executable, str(root / "tests" / "warp_static.py")], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {k["kernel"] for k in kernels} == {"forward", "atomic", "records", "sum"}
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        if kernel["kernel"] != "records" and kernel["last"] and kernel["channels"] % 16 == 0:
+            assert kernel["widest"] == 128, kernel
