@@ -199,35 +199,34 @@ class Weights(NamedTuple):
     lse2: Tensor
 
 
-def backward(grad_losses: Tensor, losses: Tensor, lse: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, b and temperature; one that is not needed has shape [0]. Arguments as in `reference.infonce.backward`."""
-    *inputs, need_a, need_b, need_temperature = arguments
-    a, b, temperature = inputs[:3]
-    with torch.cuda.device_of(a):
-        problem = Problem(inputs, gradient=True)
-        grads = [_grad_like(rows, need, half) for rows, need, half in zip((a, b), (need_a, need_b), problem.halves, strict=True)]
-        grad_temperature = temperature.new_zeros(() if need_temperature else (0,))
-        if problem.groups * problem.n == 0 or not (need_a or need_b or need_temperature):
-            return *(grad.zero_() for grad in grads), grad_temperature
-        finite = (lse != torch.inf) & grad_losses.isfinite()
-        largest = torch.where(finite, grad_losses, 0).abs().amax(1).float()
-        weights = _weights(problem, grad_losses, losses, lse, largest)
-        flushed = _flushed(problem, lse)
-        joint = problem.negatives == "joint"
-        # <x, dx> over all rows counts each pair of "joint" twice, but its queue once; "cross" and "forward" have all of it in a.
-        measured = (need_temperature, need_temperature and joint)
-        dots = []
-        found = None
-        for side, (half, grad, need) in enumerate(zip(problem.halves, grads, (need_a, need_b), strict=True)):
-            if need or measured[side]:
-                found = found if joint and found else _products(problem, side, weights, flushed)
-                target = grad if need else torch.empty_like((a, b)[side], memory_format=torch.contiguous_format)
-                dots.append(_gradients(problem, side, half, found, weights, largest, target, measured[side]))
-        if need_temperature:
-            tau = temperature.float().clamp(min=problem.floor)
-            total = -torch.cat([d for d in dots if d is not None]).sum() / tau  # (infonce.7)
-            grad_temperature = torch.where(temperature < problem.floor, 0, total).to(temperature.dtype)
-    return *grads, grad_temperature
+def grads(
+    problem: Problem, grad_losses: Tensor, losses: Tensor, lse: Tensor, a: Tensor, b: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and temperature; one that is not needed has shape [0]."""
+    temperature, need_temperature = problem.temperature, needs[2]
+    found = [_grad_like(rows, need, half) for rows, need, half in zip((a, b), needs, problem.halves, strict=False)]
+    grad_temperature = temperature.new_zeros(() if need_temperature else (0,))
+    if problem.groups * problem.n == 0 or not any(needs):
+        return *(grad.zero_() for grad in found), grad_temperature
+    finite = (lse != torch.inf) & grad_losses.isfinite()
+    largest = torch.where(finite, grad_losses, 0).abs().amax(1).float()
+    weights = _weights(problem, grad_losses, losses, lse, largest)
+    flushed = _flushed(problem, lse)
+    joint = problem.negatives == "joint"
+    # <x, dx> over all rows counts each pair of "joint" twice, but its queue once; "cross" and "forward" have all of it in a.
+    measured = (need_temperature, need_temperature and joint)
+    dots = []
+    parts = None
+    for side, half in enumerate(problem.halves):
+        if needs[side] or measured[side]:
+            parts = parts if joint and parts else _products(problem, side, weights, flushed)
+            target = found[side] if needs[side] else torch.empty_like((a, b)[side], memory_format=torch.contiguous_format)
+            dots.append(_gradients(problem, side, half, parts, weights, largest, target, measured[side]))
+    if need_temperature:
+        tau = temperature.float().clamp(min=problem.floor)
+        total = -torch.cat([d for d in dots if d is not None]).sum() / tau  # (infonce.7)
+        grad_temperature = torch.where(temperature < problem.floor, 0, total).to(temperature.dtype)
+    return *found, grad_temperature
 
 
 def _grad_like(rows: Tensor, need: bool, half: Half) -> Tensor:

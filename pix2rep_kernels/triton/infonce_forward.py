@@ -216,19 +216,16 @@ class Sums(NamedTuple):
         return self.sums.shape[0]
 
 
-def forward(*arguments) -> tuple[Tensor, Tensor]:
-    """losses and lse, both [G, anchors]; arguments as in `reference.infonce.forward`."""
-    a = arguments[0]
-    with torch.cuda.device_of(a):
-        problem = Problem(arguments, gradient=False)
-        losses, lse = (a.new_empty((problem.groups, problem.anchors), dtype=torch.float32) for _ in range(2))
-        if problem.index is not None:  # rows of b that no index names
-            losses.fill_(float("nan"))
-            lse.fill_(float("nan"))
-        if problem.groups * problem.n > 0:
-            queue = _sweep(problem, problem.x, problem.queue, NOTHING.value)[0] if problem.queue else None
-            for half, sums in zip(problem.anchor_halves, _negatives(problem), strict=True):
-                _losses(problem, half, sums, queue, losses, lse)
+def losses(problem: Problem) -> tuple[Tensor, Tensor]:
+    """losses and lse, both [G, anchors]."""
+    losses, lse = (problem.x.weight.new_empty((problem.groups, problem.anchors)) for _ in range(2))
+    if problem.index is not None:  # rows of b that no index names
+        losses.fill_(float("nan"))
+        lse.fill_(float("nan"))
+    if problem.groups * problem.n > 0:
+        queue = _sweep(problem, problem.x, problem.queue, NOTHING.value)[0] if problem.queue else None
+        for half, sums in zip(problem.anchor_halves, _negatives(problem), strict=True):
+            _losses(problem, half, sums, queue, losses, lse)
     return losses, lse
 
 
