@@ -1,8 +1,6 @@
-"""infonce: values, gradients, properties, edges, registration; every backend that runs here, against float64."""
+"""infonce: values, gradients, properties, edges; every backend that runs here, against float64. `test_infonce_contract.py` has the rest."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,80 +8,9 @@ import torch.nn.functional as F
 
 import infonce_cases
 from infonce_cases import TRITON_CASES
+from infonce_helpers import FAST, NEGATIVES, check, options, rows, run
 from pix2rep_kernels import infonce
-from pix2rep_kernels.testing import backends, error, poisoned, tolerance
-
-FAST = [b for b in backends("infonce") if b != "triton" or torch.cuda.is_available()]  # interpreted kernels have a table of their own
-NEGATIVES = ("joint", "cross", "forward")
-
-
-def rows(*shape, dtype=torch.float64):
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1).to(dtype)
-
-
-def options(kind, groups, n, d, negatives, dtype=torch.float64):
-    """Optional arguments by name: none, masks, ids, permuted positives, a queue, all of them."""
-    made = {
-        "plain": {},
-        "masked": {"valid_a": torch.rand(groups, n) > 0.3, "valid_b": torch.rand(groups, n) > 0.3},
-        "ids": {"ids_a": torch.randint(-3, max(n // 2, 1), (groups, n)), "ids_b": torch.randint(-3, max(n // 2, 1), (groups, n))},
-        "permuted": {"positive": torch.stack([torch.randperm(n) for _ in range(groups)])},
-        "queue": {} if negatives == "cross" else {"queue": rows(7, d, dtype=dtype)},
-    }
-    return {k: v for option in made.values() for k, v in option.items()} if kind == "all" else made[kind]
-
-
-def run(backend, a, b, tau, upstream, **kw):
-    """losses, grad_a, grad_b, grad_temperature."""
-    a, b = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
-    compute = torch.float64 if a.dtype == torch.float64 else torch.float32
-    tau = torch.tensor(tau, dtype=compute, requires_grad=True)
-    with poisoned():
-        losses = infonce(a, b, temperature=tau, backend=backend, **kw)
-        losses.backward(upstream.to(losses.dtype))
-    return losses, a.grad, b.grad, tau.grad
-
-
-def check(backend, a, b, tau, negatives, dtype, narrow=False, floor=1e-4, **kw):
-    """Compare one backend with the float64 reference on the same rounded inputs; the allowance is PyTorch's own error at that precision, doubled.
-
-    Added to it is the rounding of one similarity, eps |a||b| / tau: PyTorch's own error can be luckily smaller on few rows. In float64 PyTorch is the
-    truth, so there it is the bound of a dot product, D times as much. `narrow`: the similarities are float16 products and the gradients bfloat16 ones,
-    so PyTorch's own error is that of rows rounded likewise.
-    The temperature's gradient is -<dx, x>/tau, so Cauchy-Schwarz carries the rows' allowance over to it.
-    """
-    a, b = a.to(dtype), b.to(dtype)
-    kw = {k: v.to(dtype) if k == "queue" else v for k, v in kw.items()}
-    wide = {k: v.double() if k == "queue" else v for k, v in kw.items()}
-    upstream = torch.randn(a.shape[0], a.shape[1] * (1 if negatives == "forward" else 2), dtype=torch.float64)
-    fixed = {"tau": tau, "upstream": upstream, "negatives": negatives, "temperature_floor": floor}
-    truth = run("reference", a.double(), b.double(), **fixed, **wide)
-    eager = run("reference", a, b, **fixed, **kw)
-    got = run(backend, a, b, **fixed, **kw)
-    if narrow:
-        half, brief = (run("reference", a.to(t).float(), b.to(t).float(), **fixed, **kw) for t in (torch.float16, torch.bfloat16))
-        eager = half[0], *brief[1:]
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    largest = (a.double().norm(dim=-1).nan_to_num().max() * b.double().norm(dim=-1).nan_to_num().max()).item() / tau
-    eps = torch.finfo(torch.float16 if narrow else compute).eps
-    rounding = eps * (a.shape[-1] if compute == torch.float64 else 1) * largest
-    worst = 0.0
-    for g, e, t in zip(got[:3], eager[:3], truth[:3], strict=True):
-        own = error([e], [t])
-        # Where the truth itself is a rounding residue, relative errors say nothing: there the loss's scale is the measure.
-        if t.norm() < 1e-9:
-            assert g.double().norm() <= (tolerance(0, compute) + rounding) * a.numel() / tau
-            continue
-        worst = max(worst, error([g], [t]))
-        assert error([g], [t]) <= tolerance(own, g.dtype) + rounding, (negatives, tau, list(kw))
-    norms = [math.hypot(x[1].double().norm(), x[2].double().norm()) for x in (truth, eager)]
-    rows_error = max(error(eager[1:3], truth[1:3]), error(got[1:3], truth[1:3])) if worst else 0.0
-    bound = (2 * rows_error + rounding) * max(norms) * math.hypot(a.double().nan_to_num().norm(), b.double().nan_to_num().norm()) / tau
-    # The rows' gradient leaves out what cancels within one anchor; sum |g| bounds that part.
-    bound += rounding * upstream.abs().sum() / tau
-    assert abs(got[3].double() - truth[3]) <= bound
-    return worst
-
+from pix2rep_kernels.testing import backends, error
 
 # ---- values and gradients
 
@@ -320,110 +247,3 @@ def test_same_bits_for_any_number_of_threads(negatives):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
-
-
-MEMORY = """
-import resource, sys, torch, torch.nn.functional as F
-import infonce_cases
-from infonce_cases import TRITON_CASES
-from pix2rep_kernels import infonce
-torch.set_num_threads(2)
-n, negatives = int(sys.argv[1]), sys.argv[2]
-warm = F.normalize(torch.randn(256, 64), dim=1).requires_grad_()
-infonce(warm, warm.detach(), temperature=0.1, negatives=negatives, backend="cpu").mean().backward()
-a, b = (F.normalize(torch.randn(n, 64), dim=1).requires_grad_() for _ in range(2))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-infonce(a, b, temperature=0.1, negatives=negatives, backend="cpu").mean().backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-
-
-@pytest.mark.skipif("cpu" not in backends("infonce"), reason="_C is not built")
-@pytest.mark.parametrize("negatives", ["joint", "cross"])
-def test_memory_is_linear(negatives):
-    """Peak beyond the inputs: rows, panels, two gradients and their outputs, six copies of N x D at most, and 8 MiB for the threads' buffers."""
-    for n in (1024, 4096):
-        result = subprocess.run([sys.executable, "-c", MEMORY, str(n), negatives], capture_output=True, text=True, check=True)
-        assert float(result.stdout) < 2 * 6 * n * 64 * 4 / 2**20 + 8
-
-
-# ---- registration
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_opcheck(backend):
-    a, b = rows(2, 9, 4).requires_grad_(), rows(2, 9, 4).requires_grad_()
-    tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    valid, ids, positive = torch.rand(2, 9) > 0.3, torch.randint(0, 4, (2, 9)), torch.stack([torch.randperm(9)] * 2)
-    for extra in ((None,) * 6, (positive, valid, valid, ids, ids, rows(3, 4))):
-        torch.library.opcheck(torch.ops.pix2rep.infonce.default, (a, b, tau, 0.01, "joint", *extra, None, backend))
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_compiles_in_one_graph(backend):
-    compiled = torch.compile(lambda a, b, t: infonce(a, b, temperature=t, backend=backend).mean(), fullgraph=True, dynamic=True)
-    for n in (16, 24, 40):
-        a, b, tau = rows(n, 8).requires_grad_(), rows(n, 8), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-        grads = torch.autograd.grad(compiled(a, b, tau), (a, tau))
-        plain = torch.autograd.grad(infonce(a, b, temperature=tau, backend=backend).mean(), (a, tau))
-        assert error(grads, plain) < 1e-12
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing(backend, narrow):
-    for dtype in (torch.float32, narrow):
-        a, b, upstream = rows(1, 12, 4, dtype=dtype), rows(1, 12, 4, dtype=dtype), torch.randn(1, 24)
-        plain = run(backend, a, b, 0.2, upstream)
-        with torch.autocast("cpu", narrow):
-            inside = run(backend, a, b, 0.2, upstream)
-        assert inside[0].dtype == torch.float32
-        assert all(torch.equal(x, y) for x, y in zip(plain, inside, strict=True))
-
-
-def test_meta_and_second_derivative():
-    a, b = rows(12, 4).requires_grad_(), rows(12, 4)
-    meta = infonce(torch.empty(2, 9, 4, device="meta"), torch.empty(2, 9, 4, device="meta"), temperature=0.2)
-    assert meta.shape == (2, 18) and meta.device.type == "meta"
-    (grad,) = torch.autograd.grad(infonce(a, b, temperature=0.2).sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        grad.sum().backward()
-
-
-def test_temperature_floor():
-    a, b = rows(12, 4), rows(12, 4)
-    low = torch.tensor(0.02, dtype=torch.float64, requires_grad=True)
-    for backend in FAST:
-        losses = infonce(a, b, temperature=low, temperature_floor=0.1, backend=backend)
-        assert error([losses], [infonce(a, b, temperature=0.1, backend=backend)]) < 1e-13
-        assert torch.autograd.grad(losses.sum(), low)[0] == 0
-
-
-BAD = [
-    ({"a": torch.zeros(4)}, ValueError, r"`a` must have shape \[.., N, D\]"),
-    ({"b": torch.zeros(4, 3)}, ValueError, "`b` must have D = 2 features as `a` has, got 3"),
-    ({"b": torch.zeros(5, 2)}, ValueError, "`b` must have N = 4 rows as `a` has"),
-    ({"a": torch.zeros(4, 2, dtype=torch.int64)}, TypeError, "`a` must be float16, bfloat16, float32 or float64, got int64"),
-    ({"b": torch.zeros(4, 2, device="meta")}, ValueError, "`b` must be on cpu as `a` is, got meta"),
-    ({"temperature": 0.0}, ValueError, "`temperature` must be > 0 and finite, got 0.0"),
-    ({"temperature": -1}, ValueError, "`temperature` must be > 0"),
-    ({"temperature": math.nan}, ValueError, "`temperature` must be > 0"),
-    ({"temperature": torch.ones(2)}, ValueError, "`temperature` must be a float or a 0-d tensor"),
-    ({"negatives": "all"}, ValueError, "`negatives` must be one of 'joint', 'cross', 'forward', got 'all'"),
-    ({"queue": torch.zeros(3, 5)}, ValueError, r"`queue` must have shape \[Q, 2\]"),
-    ({"queue": torch.zeros(3, 2), "negatives": "cross"}, ValueError, "`queue` must be None"),
-    ({"valid_a": torch.ones(3, dtype=torch.bool)}, ValueError, r"`valid_a` must have shape \(4,\), got \(3,\)"),
-    ({"valid_a": torch.ones(4)}, TypeError, "`valid_a` must be bool, got float32"),
-    ({"positive": torch.tensor([0, 1, 2, 4])}, (ValueError, RuntimeError), r"`positive` must be in \[0, "),
-    ({"positive": torch.tensor([0, 1, 2, 2])}, (ValueError, RuntimeError), "`positive` must be a permutation"),
-    ({"backend": "gpu"}, ValueError, "`backend` must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'"),
-    ({"precision": "half"}, ValueError, "`precision` must be one of"),
-]
-
-
-@pytest.mark.parametrize("change, kind, message", BAD)
-def test_bad_input_names_argument_expectation_and_value(change, kind, message):
-    for backend in FAST:
-        arguments = {"a": torch.zeros(4, 2), "b": torch.zeros(4, 2), "temperature": 0.1, "backend": backend} | change
-        with pytest.raises(kind, match=message):
-            infonce(arguments.pop("a"), arguments.pop("b"), **arguments)

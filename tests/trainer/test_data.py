@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+
 from pix2rep.config import DataConfig, SplitConfig
 from pix2rep.data import cache
 from pix2rep.data.cache import crop_or_pad, prepare, uncrop

@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+
 from pix2rep import checkpoint, downstream, evaluate, finetune, metrics, probe, report
 from pix2rep import config as config_file
 from pix2rep.data.discover import discover

@@ -5,6 +5,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+
 from pix2rep.config import DataConfig
 from pix2rep.data.anatomy import GROUPS, LV, MYO, RV, Body, spline_basis
 from pix2rep.data.cache import prepare

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from pix2rep.config import PhotometricConfig, SpatialConfig
 from pix2rep.views import Photometric, SpatialView, identity, warp_image, warp_labels
 from pix2rep.views.spatial import dense
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 STILL = {"rotation": 0.0, "scale": (1.0, 1.0), "translation": 0.0, "flip": (0.0, 0.0)}
 QUIET = {"noise_p": 0.0, "blur_p": 0.0, "gamma_p": 0.0, "bias_p": 0.0, "invert_p": 0.0}
