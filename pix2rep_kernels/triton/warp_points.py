@@ -22,7 +22,7 @@ def blocks(channels: int, channels_last: bool, taps: int, backward: bool = False
         values = max(values // 2, 256)
     widest = values // 4 if channels_last else 16 if taps > 4 or backward else 64
     block_c = min(triton.next_power_of_2(max(channels, 1)), widest)
-    return values // block_c if channels_last else 32, block_c, 4
+    return (values // block_c, block_c, 4) if channels_last else (32, block_c, 8 if block_c > 32 else 4)
 
 
 @triton.jit
