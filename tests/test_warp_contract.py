@@ -1,0 +1,164 @@
+"""warp: registration, refusals, determinism, and what the compiler makes of its Triton kernels for GPUs that are not here."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pix2rep_kernels import warp
+from pix2rep_kernels.testing import backends, error
+from warp_helpers import DEVICE, FAST, both, ours, problem
+
+# Registration
+
+
+@pytest.mark.parametrize("backend", [b for b in FAST if DEVICE[b] == "cpu"])
+def test_opcheck(backend):
+    for layout, affine, points, normalize in itertools.product(("last", "first"), (True, False), (None, 6), (True, False)):
+        features, grid, options = problem(channels=3, layout=layout, affine=affine, points=points)
+        size = list(options.get("size", grid.shape[1:-1]))
+        arguments = (features.requires_grad_(), grid, size, options.get("points"), "linear", True, "zeros", normalize, backend)
+        torch.library.opcheck(torch.ops.pix2rep.warp.default, arguments)
+        rows, _, norms = torch.ops.pix2rep.warp(*arguments)
+        backward = (torch.randn_like(rows), rows.detach(), norms, *arguments[1:-1], list(features.shape), layout == "last", backend)
+        torch.library.opcheck(torch.ops.pix2rep.warp_backward.default, backward)
+
+
+@pytest.mark.parametrize("backend", [b for b in FAST if DEVICE[b] == "cpu"])
+def test_compiles_in_one_graph(backend):
+    compiled = torch.compile(lambda f, g, p: warp(f, g, points=p, normalize=True, backend=backend)[0].square().sum(), fullgraph=True, dynamic=True)
+    for space, count in (((6, 8), 5), ((9, 7), 11), ((5, 5), 8)):
+        features, grid, options = problem(channels=4, space=space, size=space, points=count)
+        features.requires_grad_()
+        (grad,) = torch.autograd.grad(compiled(features, grid, options["points"]), features)
+        (plain,) = torch.autograd.grad(warp(features, grid, points=options["points"], normalize=True, backend=backend)[0].square().sum(), features)
+        assert torch.equal(grad, plain)
+
+
+def test_autocast_and_meta():
+    features, grid, options = problem(channels=4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert warp(features, grid, **options)[0].dtype == torch.bfloat16
+    rows, inside = warp(features.to("meta"), grid.to("meta"), normalize=True, **options)
+    assert rows.shape == (72, 4) and rows.device.type == "meta" and inside.shape == (72,) and inside.dtype == torch.bool
+
+
+@pytest.mark.parametrize("backend", [b for b in FAST if DEVICE[b] == "cpu"])
+def test_no_second_derivative_and_none_for_the_grid(backend):
+    features, grid, options = problem(channels=4)
+    features.requires_grad_(), grid.requires_grad_()
+    rows, inside = warp(features, grid, normalize=True, backend=backend, **options)
+    assert not inside.requires_grad
+    grads = torch.autograd.grad(rows.square().sum(), (features, grid), create_graph=True, allow_unused=True)
+    assert grads[1] is None
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grads[0].sum(), features)
+
+
+@pytest.mark.parametrize(
+    "change, kind, message",
+    [
+        ({"features": torch.zeros(2, 3, 4)}, ValueError, r"`features` must have shape \[B, C, H, W\] or \[B, C, D, H, W\], got \(2, 3, 4\)"),
+        ({"features": torch.zeros(2, 3, 4, 4, dtype=torch.int32)}, TypeError, "`features` must be float16, bfloat16, float32 or float64, got int32"),
+        ({"features": torch.zeros(2, 3, 4, 0)}, ValueError, r"`features` must have no empty spatial axis, got \(2, 3, 4, 0\)"),
+        ({"grid": torch.zeros(3, 2, 3)}, ValueError, r"`grid` must have shape \(2, 2, 3\) \(affine\), got \(3, 2, 3\)"),
+        ({"grid": torch.zeros(2, 5, 5, 3)}, ValueError, r"`grid` must have shape \[2, 2, 3\] or \[2, \*S_out, 2\], got \(2, 5, 5, 3\)"),
+        ({"grid": torch.zeros(2, 2, 3, dtype=torch.float16)}, TypeError, "`grid` must be float32 or float64, got float16"),
+        ({"grid": torch.zeros(2, 5, 5, 2), "size": (4, 4)}, ValueError, r"`size` must be \(5, 5\) as the dense grid is, or None, got \(4, 4\)"),
+        ({"size": (4,)}, ValueError, r"`size` must have 2 entries, got \(4,\)"),
+        ({"size": (4, -1)}, ValueError, r"`size` must have no negative entry, got \(4, -1\)"),
+        ({"points": torch.zeros(3)}, TypeError, "`points` must be int64, got float32"),
+        ({"points": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"`points` must have shape \[P\], got \(3, 1\)"),
+        ({"mode": "cubic"}, ValueError, "`mode` must be one of 'linear', 'nearest', 'bicubic', got 'cubic'"),
+        ({"padding_mode": "reflection"}, ValueError, "`padding_mode` must be one of 'zeros', 'border', got 'reflection'"),
+        ({"backend": "fast"}, ValueError, "`backend` must be one of 'auto', .*, got 'fast'"),
+        ({"features": torch.zeros(2, 3, 1, 4, 4), "grid": torch.zeros(2, 3, 4), "mode": "bicubic"}, ValueError, "with 3 spatial axes, got 'bicubic'"),
+        ({"features": torch.zeros(1).expand(1, 1, 1, 2**24 + 1), "grid": torch.zeros(1, 2, 3)}, ValueError, r"`features` must have spatial axes of at most"),
+    ],
+)  # fmt: skip
+def test_bad_input(change, kind, message):
+    with pytest.raises(kind, match=message):
+        warp(**{"features": torch.zeros(2, 3, 4, 4), "grid": torch.zeros(2, 2, 3), **change})
+
+
+# Determinism
+
+
+@pytest.mark.parametrize("layout", ["last", "first"])
+@pytest.mark.parametrize("points", [None, 37, 4000])
+@pytest.mark.skipif("cpu" not in FAST, reason="the CPU kernels are not built")
+def test_same_bits_for_any_number_of_threads(layout, points):
+    features, grid, options = problem(channels=70, batch=3, layout=layout, points=points, space=(31, 33), size=(40, 20))
+    upstream = torch.randn(3 * 800 if points is None else points, 70)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for run in range(20):
+            torch.set_num_threads(1 + run % 2)
+            results.append(both(ours("cpu"), features, grid, upstream, normalize=True, **options))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.skipif("cpu" not in FAST, reason="the CPU kernels are not built")
+def test_same_values_for_every_instruction_set():
+    """PIX2REP_ISA picks a lower one; taps agree exactly, sums to rounding."""
+    code = """
+import torch
+from pix2rep_kernels import warp
+torch.manual_seed(0)
+features = torch.randn(2, 37, 12, 10, requires_grad=True)
+theta = torch.eye(2, 3) + 0.3 * torch.randn(2, 2, 3)
+out = []
+for f in (features, features.contiguous(memory_format=torch.channels_last), features.half(), features.bfloat16()):
+    for mode in ("nearest", "linear", "bicubic"):
+        rows, inside = warp(f, theta, mode=mode, normalize=True, backend="cpu")
+        out += [rows.double(), inside.double(), torch.autograd.grad(rows.double().square().sum() + rows.double().sum(), features)[0].double()]
+torch.save(out, "{}")
+"""
+    results = {}
+    for isa in ("baseline", "avx2", "avx512"):
+        path = Path(os.environ.get("TMPDIR", "/tmp")) / f"warp_{os.getpid()}_{isa}.pt"
+        subprocess.run([sys.executable, "-c", code.format(path)], env={**os.environ, "PIX2REP_ISA": isa}, check=True, cwd=Path(__file__).parents[1])
+        results[isa] = torch.load(path)
+        path.unlink()
+    for isa in ("avx2", "avx512"):
+        for i, (a, b) in enumerate(zip(results[isa], results["baseline"], strict=True)):
+            assert error([a], [b]) <= (1e-6 if i < 18 else 1e-3), (isa, i)
+
+
+@pytest.mark.skipif("triton" not in backends("warp"), reason="triton does not run here")
+def test_triton_sorts_where_determinism_is_asked_for():
+    features, grid, options = problem(channels=5, points=12)
+    options["points"][:] = 7
+    upstream = torch.randn(12, 5)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [both(ours("triton"), features, grid, upstream, **options)[1] for _ in range(2 if DEVICE["triton"] == "cpu" else 20)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+# Compilation for GPUs that are not here
+
+
+def test_triton_compiles_without_spills(tmp_path):
+    """For sm_80 and sm_90, by a process that does not interpret; aligned channels-last rows are read 16 bytes at a time."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    root = Path(__file__).parents[1]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    result = subprocess.run([sys.executable, str(root / "tests" / "warp_static.py")], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {k["kernel"] for k in kernels} == {"forward", "atomic", "records", "sum"}
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        if kernel["kernel"] != "records" and kernel["last"] and kernel["channels"] % 16 == 0:
+            assert kernel["widest"] == 128, kernel
