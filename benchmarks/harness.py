@@ -1,12 +1,13 @@
 """Time and peak memory of one call, each in the way that cannot flatter: medians after warm-up, and memory in a process of its own."""
 
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def interleaved(calls: dict[str, Callable], repeats: int = 7) -> dict[str, dict[str, float]]:
@@ -37,13 +38,19 @@ def peak_mib(code: str, *arguments: object) -> float:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def resident_peak_mib() -> float:
+    """Peak resident memory of this process image. (`ru_maxrss` would not do: a child starts with its parent's.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+
 def _child() -> None:
     scope = {"arguments": sys.argv[2:]}
     exec(sys.argv[1], scope)
     inputs = scope["prepare"]()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak_mib()
     scope["work"](inputs)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident_peak_mib() - before)
 
 
 if __name__ == "__main__":

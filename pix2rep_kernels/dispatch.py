@@ -73,8 +73,6 @@ def why_not(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:
         return f"the tensors are on {kind}, this backend needs cuda"
     if backend == "triton" and kind == "cpu" and not interpreted():
         return "the tensors are on cpu, this backend needs cuda (or TRITON_INTERPRET=1)"
-    if backend in ("triton", "cuda") and any(t.dtype == torch.float64 for t in present):
-        return "float64 runs on the backends reference and cpu only"
     hub = importlib.import_module(f"{HOMES[op]}.ops.{op}")
     return hub.why_not(backend, tensors)
 

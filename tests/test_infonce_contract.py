@@ -1,12 +1,11 @@
 """infonce: registration, autocast, refusals, and what a call may cost in memory."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from benchmarks.harness import peak_mib
 from infonce_helpers import FAST, rows, run
 from pix2rep_kernels import infonce
 from pix2rep_kernels.testing import backends, error
@@ -92,16 +91,15 @@ def test_bad_input_names_argument_expectation_and_value(change, kind, message):
 
 
 MEMORY = """
-import resource, sys, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from pix2rep_kernels import infonce
+n, negatives = int(arguments[0]), arguments[1]
 torch.set_num_threads(2)
-n, negatives = int(sys.argv[1]), sys.argv[2]
-warm = F.normalize(torch.randn(256, 64), dim=1).requires_grad_()
-infonce(warm, warm.detach(), temperature=0.1, negatives=negatives, backend="cpu").mean().backward()
-a, b = (F.normalize(torch.randn(n, 64), dim=1).requires_grad_() for _ in range(2))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-infonce(a, b, temperature=0.1, negatives=negatives, backend="cpu").mean().backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+def prepare():
+    work([F.normalize(torch.randn(256, 64), dim=1).requires_grad_() for _ in range(2)])
+    return [F.normalize(torch.randn(n, 64), dim=1).requires_grad_() for _ in range(2)]
+def work(rows):
+    infonce(*rows, temperature=0.1, negatives=negatives, backend="cpu").mean().backward()
 """
 
 
@@ -110,5 +108,4 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def test_memory_is_linear(negatives):
     """Peak beyond the inputs: rows, panels, two gradients and their outputs, six copies of N x D at most, and 8 MiB for the threads' buffers."""
     for n in (1024, 4096):
-        result = subprocess.run([sys.executable, "-c", MEMORY, str(n), negatives], capture_output=True, text=True, check=True)
-        assert float(result.stdout) < 2 * 6 * n * 64 * 4 / 2**20 + 8
+        assert peak_mib(MEMORY, n, negatives) < 2 * 6 * n * 64 * 4 / 2**20 + 8

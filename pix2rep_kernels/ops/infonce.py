@@ -107,6 +107,8 @@ def infonce(
 
 def why_not(backend: str, tensors: list[Tensor | None]) -> str | None:
     """Limits of a backend that depend on the tensors; `dispatch.why_not` asks."""
+    if backend in ("triton", "cuda") and any(t is not None and t.ndim == 3 and t.dtype == torch.float64 for t in tensors):
+        return "float64 rows run on the backends reference and cpu only"
     return None
 
 

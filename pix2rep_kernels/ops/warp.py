@@ -77,6 +77,8 @@ def warp(
 
 def why_not(backend: str, tensors: list[Tensor | None]) -> str | None:
     """Limits of a backend that depend on the tensors; `dispatch.why_not` asks."""
+    if backend in ("triton", "cuda") and tensors[0].dtype == torch.float64:
+        return "float64 features run on the backends reference and cpu only"
     return None
 
 
