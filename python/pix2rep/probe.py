@@ -1,5 +1,7 @@
 """Linear probe: one 1x1 layer on the features of a frozen backbone."""
 
+import contextlib
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,17 @@ def class_weights(kind: str, targets: torch.Tensor, classes: int) -> torch.Tenso
     return torch.where(counts > 0, weights, 1.0).float()
 
 
+@contextlib.contextmanager
+def _one_thread():
+    """Operations of half a millisecond gain little from a second CPU thread, and wait for it many times as long where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def fit(rows: torch.Tensor, targets: torch.Tensor, classes: int, config, seed: int) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
     """Train one linear layer for each learning rate and class weighting of `config` (DownstreamConfig), side by side on the same batches.
 
@@ -69,15 +82,16 @@ def fit(rows: torch.Tensor, targets: torch.Tensor, classes: int, config, seed: i
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.probe_steps)
     weights = torch.stack([class_weights(setting["class_weights"], targets, classes) for setting in settings])
-    for _ in range(config.probe_steps):
-        picked = torch.randint(len(rows), (min(PIXELS_A_STEP, len(rows)),), generator=generator).to(rows.device)
-        x = ((rows[picked] - mean) / deviation).T  # [C, P]
-        weight, bias = (torch.cat(parts) for parts in zip(*layers, strict=True))
-        loss = _loss(weight @ x + bias, targets[picked], weights)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with _one_thread():
+        for _ in range(config.probe_steps):
+            picked = torch.randint(len(rows), (min(PIXELS_A_STEP, len(rows)),), generator=generator).to(rows.device)
+            x = ((rows[picked] - mean) / deviation).T  # [C, P]
+            weight, bias = (torch.cat(parts) for parts in zip(*layers, strict=True))
+            loss = _loss(weight @ x + bias, targets[picked], weights)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     with torch.no_grad():
         weight, bias = (torch.cat(parts) for parts in zip(*layers, strict=True))
         weight = weight / deviation
