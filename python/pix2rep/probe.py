@@ -48,7 +48,7 @@ def class_weights(kind: str, targets: torch.Tensor, classes: int) -> torch.Tenso
 
 @contextlib.contextmanager
 def _one_thread():
-    """Operations of half a millisecond gain little from a second CPU thread, and wait for it many times as long where other programs run."""
+    """Operations of half a millisecond gain little from a second CPU thread, and wait long for it where other programs run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
