@@ -1,4 +1,4 @@
-"""Build `_C` (CPU kernels, always) and `_C_cuda` (CUDA kernels, where nvcc is) against LibTorch's stable ABI.
+"""Build `_C` (CPU kernels) against LibTorch's stable ABI.
 
 PIX2REP_BUILD=auto (default) | cpu | cuda | none chooses; the presence of a GPU never does.
 """
@@ -83,6 +83,8 @@ class Wheel(bdist_wheel):
 def extensions() -> list[Extension]:
     if BUILD == "none":
         return []
+    if BUILD == "cuda" and not any((ROOT / "csrc/cuda").glob("*.cu")):
+        raise SystemExit("`PIX2REP_BUILD` must be auto, cpu or none: there is no CUDA C++ source yet, got 'cuda'")
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
     headers = sorted(str(p.relative_to(ROOT)) for folder in ("common", "cpu") for p in (ROOT / "csrc" / folder).glob("*.h"))
     return [Extension("pix2rep_kernels._C", sources, depends=headers, py_limited_api=True, language="c++")]

@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
     if facts:
         found["built"] = f"{', '.join(facts['objects'])} by {facts['compiler']}, instruction sets {', '.join(facts['isas'])}"
     else:
-        found["built"] = "nothing (PIX2REP_BUILD=none)"
+        found["built"] = "nothing"
     asked = {k: v for k, v in os.environ.items() if k.startswith("PIX2REP_") or k == "TRITON_INTERPRET"}
     if asked:
         found["environment"] = ", ".join(f"{k}={v}" for k, v in sorted(asked.items()))

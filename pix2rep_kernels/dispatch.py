@@ -61,8 +61,15 @@ def why_not(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:
     Args:
         op: one of `OPS`.
         backend: one of `BACKENDS`.
-        tensors: the op's tensor arguments in the order of its schema; None stands for one that is absent.
+        tensors: the tensor arguments of the op or of its backward, in the order of the schema; None stands for one that is absent.
+
+    Raises:
+        ValueError: op or backend is unknown, or every tensor is None.
     """
+    expect_choice(op, "op", tuple(HOMES))
+    expect_choice(backend, "backend", BACKENDS)
+    if all(t is None for t in tensors):
+        raise ValueError("`tensors` must hold a tensor, got none")
     if reason := why_unavailable(op, backend):
         return reason
     present = [t for t in tensors if t is not None]
@@ -98,7 +105,14 @@ def choose(op: str, backend: str, tensors: list[Tensor | None]) -> str:
         if reason is None:
             return candidate
         log.debug("%s: %s skipped: %s", op, candidate, reason)
+        if kind == "cuda" and candidate == "triton":
+            _warn_slow(op, reason)
     raise RuntimeError(f"no backend can run {op} on {kind}")
+
+
+@functools.cache
+def _warn_slow(op: str, reason: str) -> None:
+    log.warning("%s runs on the slow reference backend, which stores every pair: %s", op, reason)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """What the tests and benchmarks of every op share: backends that run here, errors against float64, poisoned memory."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -16,12 +17,18 @@ def backends(op: str, device: str = "cpu") -> list[str]:
 
 
 def error(got: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
-    """Largest relative error ||got - truth|| / ||truth|| over pairs of tensors, in float64; the absolute norm where the truth is 0."""
+    """Largest relative error ||got - truth|| / ||truth|| over pairs of tensors, in float64; the absolute norm where the truth is 0.
+
+    NaN where either holds one, so that no comparison with it passes.
+    """
     worst = 0.0
     for g, t in zip(got, truth, strict=True):
         difference = (g.detach().double().cpu() - t.detach().double().cpu()).norm().item()
         scale = t.detach().double().norm().item()
-        worst = max(worst, difference / scale if scale > 0 else difference)
+        relative = difference / scale if scale > 0 else difference
+        if math.isnan(relative):
+            return math.nan  # max() would drop it
+        worst = max(worst, relative)
     return worst
 
 

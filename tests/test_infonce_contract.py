@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.harness import peak_mib
 from infonce_helpers import FAST, rows, run
-from pix2rep_kernels import infonce
+from pix2rep_kernels import infonce, why_not
 from pix2rep_kernels.testing import backends, error
 
 
@@ -51,6 +51,38 @@ def test_meta_and_second_derivative():
         grad.sum().backward()
 
 
+@pytest.mark.skipif("cpu" not in backends("infonce"), reason="_C is not built")
+def test_the_native_op_reads_nothing_out_of_bounds():
+    a, tau = torch.randn(1, 5, 4), torch.tensor(0.2)
+    short, ids = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 5, dtype=torch.int64)
+    cases = [
+        ((None, short, None, None, None, None), "`valid_a` must have one entry a row"),
+        ((ids.int(), None, None, None, None, None), "`positive` must be bool"),
+        ((None, None, None, ids, None, None), "`ids_b` must be given with ids_a"),
+        ((None, None, None, None, None, torch.randn(3, 2)), "`queue` must have shape"),
+    ]
+    for extra, message in cases:
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.pix2rep_native.infonce(a, a, tau, 0.01, "joint", *extra, None)
+    with pytest.raises(RuntimeError, match="`positive` must be given"):
+        torch.ops.pix2rep_native.infonce(a, a[:, :3], tau, 0.01, "forward", *(None,) * 6, None)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_an_infinite_temperature_is_uniform(backend):
+    a = rows(8, 4, dtype=torch.float32)
+    losses = infonce(a, a, temperature=torch.tensor(math.inf), backend=backend)
+    assert error([losses], [torch.full((16,), math.log(15))]) < 1e-6
+
+
+def test_why_not_refuses_what_is_unknown():
+    x = torch.zeros(1, 2, 2)
+    cases = [("warp", "gpu", [x], "`backend` must be one of"), ("foo", "cpu", [x], "`op` must be one of"), ("warp", "cpu", [], "`tensors` must hold")]
+    for op, name, tensors, message in cases:
+        with pytest.raises(ValueError, match=message):
+            why_not(op, name, tensors)
+
+
 def test_temperature_floor():
     a, b = rows(12, 4), rows(12, 4)
     low = torch.tensor(0.02, dtype=torch.float64, requires_grad=True)
@@ -66,7 +98,12 @@ BAD = [
     ({"b": torch.zeros(5, 2)}, ValueError, "`b` must have N = 4 rows as `a` has"),
     ({"a": torch.zeros(4, 2, dtype=torch.int64)}, TypeError, "`a` must be float16, bfloat16, float32 or float64, got int64"),
     ({"b": torch.zeros(4, 2, device="meta")}, ValueError, "`b` must be on cpu as `a` is, got meta"),
-    ({"temperature": 0.0}, ValueError, "`temperature` must be > 0 and finite, got 0.0"),
+    ({"temperature": 0.0}, ValueError, "`temperature` must be > 0 and finite .*, got 0.0"),
+    ({"temperature": "warm"}, TypeError, "`temperature` must be a float or a 0-d tensor, got 'warm'"),
+    ({"temperature": 1e39}, ValueError, "`temperature` must be > 0 and finite"),
+    ({"temperature": torch.tensor(0.1), "temperature_floor": math.inf}, ValueError, "`temperature_floor` must be > 0 and finite"),
+    ({"b": torch.zeros(3, 2), "negatives": "forward"}, ValueError, r"`positive` must be given where `a` has more rows \(4\) than `b` \(3\)"),
+    ({"ids_b": torch.zeros(4, dtype=torch.int64)}, ValueError, "`ids_a` must be given with ids_b"),
     ({"temperature": -1}, ValueError, "`temperature` must be > 0"),
     ({"temperature": math.nan}, ValueError, "`temperature` must be > 0"),
     ({"temperature": torch.ones(2)}, ValueError, "`temperature` must be a float or a 0-d tensor"),
@@ -92,7 +129,7 @@ def test_bad_input_names_argument_expectation_and_value(change, kind, message):
 
 MEMORY = """
 import torch, torch.nn.functional as F
-from pix2rep_kernels import infonce
+from pix2rep_kernels import infonce, why_not
 n, negatives = int(arguments[0]), arguments[1]
 torch.set_num_threads(2)
 def prepare():

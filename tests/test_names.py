@@ -108,7 +108,6 @@ class Hide(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hide())
 from pix2rep_kernels import dispatch, native
-native.why_missing.__wrapped__
 import importlib.util
 importlib.util.find_spec = lambda name, find=importlib.util.find_spec: None if name in ("pix2rep_kernels._C", "triton") else find(name)
 import torch, pix2rep_kernels

@@ -136,6 +136,17 @@ def test_compiles_in_one_graph(kw):
     assert f1.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kw", [{}, {"num_samples": None}, {"num_samples": 40, "per_image": True}])
+def test_one_graph_serves_every_size(kw):
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(Pix2RepLoss(**kw), fullgraph=True, dynamic=True, backend=counter)
+    for height in range(40, 52):  # more than the recompile limit of 8
+        f1, f2, theta = views(size=(height, 33), dtype=torch.float32)
+        compiled(f1, f2, theta, mask=torch.rand(3, height, 33) > 0.2)
+    assert counter.frame_count <= 2
+
+
 def test_learns():
     """Two hundred steps on a toy: features of a pixel and of its warped self come together."""
     torch.manual_seed(0)
@@ -158,7 +169,9 @@ def test_learns():
 
 BAD = [
     (dict(objective="simclr"), ValueError, "`objective` must be one of 'infonce', got 'simclr'"),
-    (dict(temperature=0), ValueError, "`temperature` must be > 0 and finite, got 0"),
+    (dict(temperature=0), ValueError, r"`temperature` must be > 0 and finite .*, got 0"),
+    (dict(temperature=None), TypeError, "`temperature` must be a float or a 0-d tensor, got None"),
+    (dict(temperature=True), TypeError, "`temperature` must be a float or a 0-d tensor, got True"),
     (dict(temperature=-0.1), ValueError, "`temperature` must be > 0"),
     (dict(num_samples=0), ValueError, "`num_samples` must be None or an integer > 0, got 0"),
     (dict(num_samples=1.5), ValueError, "`num_samples` must be None or an integer > 0, got 1.5"),
@@ -184,6 +197,8 @@ def test_bad_input():
         ((f1.long(), f2.long(), theta), {}, TypeError, "`features_1` must be float16"),
         ((f1, f2.to("meta"), theta), {}, ValueError, "`features_2` must be on cpu as `features_1` is, got meta"),
         ((f1, f2, theta[:2]), {}, ValueError, "`grid` must have shape"),
+        ((f1, f2, torch.zeros(3, 32, 24, 2)), {}, ValueError, r"`grid` must have shape .*\(3, 16, 12, 2\), got \(3, 32, 24, 2\)"),
+        ((f1.detach().numpy(), f2, theta), {}, TypeError, "`features_1` must be a torch.Tensor, got ndarray"),
         ((f1, f2, theta.half()), {}, TypeError, "`grid` must be float32 or float64, got float16"),
         ((f1, f2, theta), {"mask": torch.ones(3, 4, 4, dtype=torch.bool)}, ValueError, "`mask` must have shape"),
         ((f1, f2, theta), {"mask": torch.ones(3, 16, 12)}, TypeError, "`mask` must be bool"),
@@ -193,6 +208,8 @@ def test_bad_input():
     for arguments, extra, kind, message in cases:
         with pytest.raises(kind, match=message):
             loss(*arguments, **extra)
+    with pytest.raises(ValueError, match=r"`points` must be in \[0, 192\), got values from 0 to 192"):
+        Pix2RepLoss(per_image=True)(f1, f2, theta, points=torch.tensor([[0, 192], [0, 1], [0, 1]]))
     with torch.no_grad():
         f2[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="`features_2` must be finite, got 1 NaN or inf"):

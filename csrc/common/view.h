@@ -43,25 +43,4 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// A matrix or vector of one group of a [G, N] or [G, N, D] tensor.
-template <class T>
-struct Strided {
-  const T* data = nullptr;
-  int64_t group = 0, row = 0, column = 0;  // strides in elements
-
-  explicit operator bool() const { return data != nullptr; }
-  const T& operator()(int64_t g, int64_t i) const { return data[g * group + i * row]; }
-  const T* rows(int64_t g, int64_t i) const { return data + g * group + i * row; }
-};
-
-template <class T>
-Strided<T> strided(const Tensor& tensor) {
-  return {data<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.dim() > 2 ? tensor.stride(2) : 0};
-}
-
-template <class T>
-Strided<T> strided(const std::optional<Tensor>& tensor) {
-  return tensor ? strided<T>(*tensor) : Strided<T>{};
-}
-
 }  // namespace pix2rep

@@ -25,8 +25,8 @@ struct SerialParallel {
 };
 
 template <class T>
-RowSource<T> row_source(const Tensor& tensor, int64_t group) {
-  return with_float_type(tensor.scalar_type(), "a", [&](auto zero) {
+RowSource<T> row_source(const Tensor& tensor, const char* name, int64_t group) {
+  return with_float_type(tensor.scalar_type(), name, [&](auto zero) {
     using S = decltype(zero);
     const bool grouped = tensor.dim() == 3;
     const int64_t rows = tensor.dim() - 2;
@@ -42,8 +42,8 @@ RowSource<T> row_source(const Tensor& tensor, int64_t group) {
 }
 
 template <class T>
-RowSink<T> row_sink(const Tensor& tensor, int64_t group) {
-  return with_float_type(tensor.scalar_type(), "a", [&](auto zero) {
+RowSink<T> row_sink(const Tensor& tensor, const char* name, int64_t group) {
+  return with_float_type(tensor.scalar_type(), name, [&](auto zero) {
     using S = decltype(zero);
     RowSink<T> out;
     out.data = reinterpret_cast<char*>(mutable_data<S>(tensor) + group * tensor.stride(0));
@@ -76,6 +76,12 @@ struct Arguments {
     groups = a.size(0), n = a.size(1), m = b.size(1), d = a.size(2);
     PIX2REP_EXPECT(negatives == Negatives::forward || n == m, "b", "have a's N rows unless negatives is 'forward'", m);
     PIX2REP_EXPECT(n + m < (int64_t(1) << 31), "a", "have N + M < 2^31 rows a group", n + m);
+    expect_vector(positive, "positive", n, ScalarType::Long);
+    expect_vector(valid_a, "valid_a", n, ScalarType::Bool), expect_vector(valid_b, "valid_b", m, ScalarType::Bool);
+    expect_vector(ids_a, "ids_a", n, ScalarType::Long), expect_vector(ids_b, "ids_b", m, ScalarType::Long);
+    PIX2REP_EXPECT(ids_a.has_value() == ids_b.has_value(), "ids_b", "be given with ids_a, and only with it", ids_b ? "one" : "none");
+    PIX2REP_EXPECT(positive || n <= m, "positive", "be given where a has more rows than b", "none");
+    PIX2REP_EXPECT(!queue || (queue->dim() == 2 && queue->size(1) == d), "queue", "have shape [Q, D]", queue ? queue->dim() : 0, " axes");
     is_double = a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double;
     const double given = with_float_type(temperature.scalar_type(), "temperature", [&](auto zero) { return double(*data<decltype(zero)>(temperature)); });
     const double least = temperature.scalar_type() == ScalarType::Float ? double(float(floor)) : floor;
@@ -88,8 +94,8 @@ struct Arguments {
   template <class T>
   InfonceInputs<T> group(int64_t g) const {
     const auto at = [&](const Optional& t, auto zero, int64_t count) { return t ? data<decltype(zero)>(*t) + g * count : nullptr; };
-    return {negatives, n, m, d, queue ? queue->size(0) : 0, row_source<T>(a, g), row_source<T>(b, g),
-            queue && queue->size(0) ? row_source<T>(*queue, 0) : RowSource<T>{}, at(positive, int64_t{}, n), at(valid_a, bool{}, n), at(valid_b, bool{}, m),
+    return {negatives, n, m, d, queue ? queue->size(0) : 0, row_source<T>(a, "a", g), row_source<T>(b, "b", g),
+            queue && queue->size(0) ? row_source<T>(*queue, "queue", 0) : RowSource<T>{}, at(positive, int64_t{}, n), at(valid_a, bool{}, n), at(valid_b, bool{}, m),
             id_a.empty() ? nullptr : id_a.data() + g * n, id_b.empty() ? nullptr : id_b.data() + g * m, tau};
   }
 
@@ -104,6 +110,12 @@ struct Arguments {
 
  private:
   static Optional contiguous(const Optional& t) { return t ? Optional(torch::stable::contiguous(*t)) : t; }
+
+  void expect_vector(const Optional& t, const char* name, int64_t count, ScalarType type) const {
+    if (!t) return;
+    PIX2REP_EXPECT(t->dim() == 2 && t->size(0) == groups && t->size(1) == count, name, "have one entry a row", t->numel(), " entries");
+    PIX2REP_EXPECT(t->scalar_type() == type, name, "be bool (valid_*) or int64 (positive, ids_*)", "scalar type ", int(t->scalar_type()));
+  }
 
   void check_positive() const {
     if (!positive) return;
@@ -165,8 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> infonce_backward(Tensor grad_losses, Tensor l
     using T = decltype(zero);
     in.for_groups([&](int64_t g, const auto& parallel) {
       InfonceGradients<T> out;
-      if (need_a) out.a = row_sink<T>(grad_a, g);
-      if (need_b) out.b = row_sink<T>(grad_b, g);
+      if (need_a) out.a = row_sink<T>(grad_a, "a", g);
+      if (need_b) out.b = row_sink<T>(grad_b, "b", g);
       if (need_temperature && !in.at_floor) out.temperature = &grad_tau[g];
       const InfonceInputs<T> inputs = in.group<T>(g);
       const T* from = data<T>(grad_losses) + g * anchors;

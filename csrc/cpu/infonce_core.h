@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -68,7 +69,7 @@ const InfonceKernels<T>& infonce_kernels() {
     return PIX2REP_PICK(infonce_double);
 }
 
-// Valid rows of one or two sources, row-major and, as columns, packed in panels times log2(e)/tau.
+// Valid rows of one or two sources, row-major and, with a scale, as columns packed in panels times that.
 template <class T>
 struct RowSet {
   int64_t count = 0, ld = 0;
@@ -77,11 +78,11 @@ struct RowSet {
 
   RowSet() = default;
   template <class Parallel, class Read>
-  RowSet(const Parallel& parallel, int64_t count, int64_t d, bool keep_rows, double panel_scale, const Read& read) : count(count) {
+  RowSet(const Parallel& parallel, int64_t count, int64_t d, bool keep_rows, std::optional<double> panel_scale, const Read& read) : count(count) {
     const auto& k = infonce_kernels<T>();
     ld = round_up(std::max<int64_t>(d, 1), k.width);
     if (keep_rows) rows = Buffer<T>(round_up(count, k.rows) * ld);
-    if (panel_scale != 0) panels = Buffer<T>(round_up(count, k.columns) * d);
+    if (panel_scale) panels = Buffer<T>(round_up(count, k.columns) * d);
     constexpr int64_t chunk = 256;
     std::vector<double> norms((count + chunk - 1) / chunk);
     parallel(int64_t(norms.size()), [&](int64_t c) {
@@ -92,8 +93,8 @@ struct RowSet {
         for (int64_t j = 0; j < d; ++j) square += double(row[j]) * row[j];
         norms[c] = square <= norms[c] || std::isnan(norms[c]) ? norms[c] : square;
         if (keep_rows) std::copy_n(row.data(), d, rows.get() + i * ld);
-        if (panel_scale != 0)
-          for (int64_t j = 0; j < d; ++j) panels.get()[(i / k.columns * d + j) * k.columns + i % k.columns] = T(row[j] * panel_scale);
+        if (panel_scale)
+          for (int64_t j = 0; j < d; ++j) panels.get()[(i / k.columns * d + j) * k.columns + i % k.columns] = T(row[j] * *panel_scale);
       }
     });
     for (double norm : norms) largest_norm = norm <= largest_norm || std::isnan(largest_norm) ? largest_norm : norm;
@@ -127,7 +128,8 @@ struct InfonceProblem {
     const int64_t na = int64_t(from_a.size()), nb = int64_t(from_b.size()), nx = joint ? na + nb : na, ny = joint ? nx : nb;
     positive_x.assign(nx, -1), positive_y.assign(ny, -1);
     for (int64_t i = 0; i < na; ++i) {
-      const int64_t j = at_b[in.positive ? in.positive[from_a[i]] : from_a[i]];
+      const int64_t match = in.positive ? in.positive[from_a[i]] : from_a[i];
+      const int64_t j = match < in.m ? at_b[match] : -1;
       if (j < 0) continue;
       positive_x[i] = joint ? na + j : j;
       positive_y[joint ? na + j : j] = i;
@@ -147,7 +149,7 @@ struct InfonceProblem {
     if (joint) {
       x = RowSet<T>(parallel, nx, in.d, true, scale, [&](int64_t i, T* out) { i < na ? read_a(i, out) : read_b(i - na, out); });
     } else {
-      x = RowSet<T>(parallel, nx, in.d, true, 0, read_a);
+      x = RowSet<T>(parallel, nx, in.d, true, std::nullopt, read_a);
       y = RowSet<T>(parallel, ny, in.d, backward, scale, read_b);
     }
     if (in.queue.data) queue = RowSet<T>(parallel, in.q, in.d, backward, scale, [&](int64_t i, T* out) { read(in.queue, i, out); });

@@ -17,7 +17,7 @@ enum class Isa { baseline, avx2, avx512 };
 
 inline Isa best_isa() {
 #if PIX2REP_X86
-  const char* asked = std::getenv("PIX2REP_ISA");
+  const char* asked = std::getenv("PIX2REP_ISA");  // anything but avx512 and avx2 means baseline
   const bool allow_512 = asked == nullptr || std::strcmp(asked, "avx512") == 0;
   const bool allow_256 = allow_512 || std::strcmp(asked, "avx2") == 0;
   if (allow_512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

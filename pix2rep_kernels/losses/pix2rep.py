@@ -1,11 +1,12 @@
 """Pix2Rep: equivariant pixel-level contrast (arXiv 2407.20395, MIDL 2024)."""
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_float
+from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_dtype, expect_float, expect_temperature, expect_tensor
 from pix2rep_kernels.dispatch import CHOICES
 from pix2rep_kernels.ops.infonce import infonce
 from pix2rep_kernels.ops.warp import MODES, warp
@@ -62,8 +63,8 @@ class Pix2RepLoss(nn.Module):
         expect_choice(outside, "outside", OUTSIDE)
         expect_choice(mode, "mode", MODES)
         expect_choice(backend, "backend", CHOICES)
-        expect(0 < temperature < math.inf, "temperature", "be > 0 and finite", temperature)
-        whole = isinstance(num_samples, int) and not isinstance(num_samples, bool)
+        expect_temperature(temperature)
+        whole = isinstance(num_samples, Integral) and not isinstance(num_samples, bool)
         expect(num_samples is None or (whole and num_samples > 0), "num_samples", "be None or an integer > 0", num_samples)
         self.objective, self.temperature, self.num_samples, self.per_image = objective, float(temperature), num_samples, per_image
         self.outside, self.mode, self.check_finite, self.backend = outside, mode, check_finite, backend
@@ -78,14 +79,16 @@ class Pix2RepLoss(nn.Module):
         points: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        mask = self._check(features_1, features_2, mask, points)
+        mask = self._check(features_1, features_2, grid, mask, points)
         batch, _, *size = features_1.shape
         if points is None:
             points = self._draw(batch, math.prod(size), mask, features_1.device, generator)
         valid = None if mask is None else _at(mask.flatten(), points)
         if self.per_image and points is not None:
-            first = torch.arange(batch, device=points.device).unsqueeze(1) * math.prod(size)
-            points = (points + first).flatten()
+            pixels = math.prod(size)
+            first = torch.arange(batch, device=points.device).unsqueeze(1) * pixels
+            # An index past its image must not take the next one's pixel: -1 is outside for `warp`, which gives NaN.
+            points = torch.where((points >= 0) & (points < pixels), points + first, -1).flatten()
         here = identity(features_1)
         rows_1, inside = warp(
             features_1, here if grid is None else grid, points=points, mode="nearest" if grid is None else self.mode,
@@ -114,18 +117,23 @@ class Pix2RepLoss(nn.Module):
             if not self.per_image:
                 return None
             return torch.arange(pixels, device=device).expand(batch, -1)
+        given = {} if generator is None else {"generator": generator}  # with dynamic shapes torch.compile refuses generator=None
         if mask is None and not self.per_image:
-            return torch.randperm(total, device=device, generator=generator)[:count]
-        keys = torch.rand((batch, pixels) if self.per_image else (total,), device=device, generator=generator)
+            return torch.randperm(total, device=device, **given)[:count]
+        keys = torch.rand((batch, pixels) if self.per_image else (total,), device=device, **given)
         if mask is not None:
             keys = torch.where(mask.reshape(keys.shape), keys, -1.0)  # drawn last
         return keys.topk(count, dim=-1).indices
 
-    def _check(self, features_1, features_2, mask, points) -> Tensor | None:
+    def _check(self, features_1, features_2, grid, mask, points) -> Tensor | None:
         expect_float(features_1, "features_1")
-        expect(features_1.ndim in (4, 5), "features_1", "have shape [B, C, H, W] or [B, C, D, H, W]", tuple(features_1.shape))
-        expect(features_1.numel() > 0, "features_1", "have at least one pixel", tuple(features_1.shape))
-        expect(features_2.shape == features_1.shape, "features_2", f"have the shape of features_1 {tuple(features_1.shape)}", tuple(features_2.shape))
+        expect_float(features_2, "features_2")
+        if features_1.ndim not in (4, 5):
+            expect(False, "features_1", "have shape [B, C, H, W] or [B, C, D, H, W]", tuple(features_1.shape))
+        if features_1.numel() == 0:
+            expect(False, "features_1", "have at least one pixel and channel", tuple(features_1.shape))
+        if features_2.shape != features_1.shape:
+            expect(False, "features_2", f"have the shape of features_1 {tuple(features_1.shape)}", tuple(features_2.shape))
         if features_2.dtype != features_1.dtype:
             raise TypeError(f"`features_2` must be {features_1.dtype} as `features_1` is, got {features_2.dtype}")
         expect_device(features_2, "features_2", features_1, "features_1")
@@ -134,22 +142,33 @@ class Pix2RepLoss(nn.Module):
                 bad = int((~features.isfinite()).sum())
                 expect(bad == 0, name, "be finite", f"{bad} NaN or inf values of {features.numel()}")
         batch, _, *size = features_1.shape
+        if grid is not None:
+            expect_tensor(grid, "grid")
+            if grid.ndim != 3 and list(grid.shape[1:-1]) != size:
+                expect(False, "grid", f"have shape [{batch}, {len(size)}, {len(size) + 1}] or {(batch, *size, len(size))}", tuple(grid.shape))
         if mask is not None:
+            expect_dtype(mask, "mask", torch.bool)
             mask = mask.squeeze(1) if mask.ndim == features_1.ndim else mask
-            expect(mask.shape == (batch, *size), "mask", f"have shape {(batch, *size)} or {(batch, 1, *size)}", tuple(mask.shape))
-            if mask.dtype != torch.bool:
-                raise TypeError(f"`mask` must be bool, got {str(mask.dtype).removeprefix('torch.')}")
+            if list(mask.shape) != [batch, *size]:
+                expect(False, "mask", f"have shape {(batch, *size)} or {(batch, 1, *size)}", tuple(mask.shape))
             expect_device(mask, "mask", features_1, "features_1")
         if points is not None:
-            if points.dtype != torch.int64:
-                raise TypeError(f"`points` must be int64, got {str(points.dtype).removeprefix('torch.')}")
-            if self.per_image:
-                expect(points.ndim == 2 and points.shape[0] == batch, "points", f"have shape [{batch}, P] with per_image", tuple(points.shape))
-            else:
-                expect(points.ndim == 1, "points", "have shape [P]", tuple(points.shape))
-            expect(points.numel() > 0, "points", "name at least one pixel", tuple(points.shape))
-            expect_device(points, "points", features_1, "features_1")
+            self._check_points(points, batch, math.prod(size), features_1)
         return mask
+
+    def _check_points(self, points, batch, pixels, features) -> None:
+        expect_dtype(points, "points", torch.int64)
+        if self.per_image and (points.ndim != 2 or points.shape[0] != batch):
+            expect(False, "points", f"have shape [{batch}, P] with per_image", tuple(points.shape))
+        if not self.per_image and points.ndim != 1:
+            expect(False, "points", "have shape [P]", tuple(points.shape))
+        if points.numel() == 0:
+            expect(False, "points", "name at least one pixel", tuple(points.shape))
+        expect_device(points, "points", features, "features_1")
+        if points.device.type == "cpu" and not torch.compiler.is_compiling():
+            last = pixels if self.per_image else batch * pixels
+            least, most = int(points.min()), int(points.max())
+            expect(0 <= least and most < last, "points", f"be in [0, {last})", f"values from {least} to {most}")
 
 
 def identity(features: Tensor) -> Tensor:
@@ -159,9 +178,10 @@ def identity(features: Tensor) -> Tensor:
 
 
 def _at(flags: Tensor, points: Tensor | None) -> Tensor:
-    """flags [B * prod(S)] at flat points [P] or, inside each image, [B, P]."""
+    """flags [B * prod(S)] at flat points [P] or, inside each image, [B, P]; True where a point is none, so that its NaN is seen."""
     if points is None:
         return flags
-    if points.ndim == 1:
-        return flags[points]
-    return flags.unflatten(0, (points.shape[0], -1)).gather(1, points)
+    flags = flags.unflatten(0, (points.shape[0] if points.ndim == 2 else 1, -1))
+    known = (points >= 0) & (points < flags.shape[1])
+    taken = flags.gather(1, torch.where(known, points, 0).reshape(flags.shape[0], -1)).reshape(points.shape)
+    return taken | ~known

@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_float
+from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_dtype, expect_float, expect_temperature
 from pix2rep_kernels.register import register
 
 NEGATIVES = ("joint", "cross", "forward")
@@ -68,12 +68,13 @@ def infonce(
             flows where it is at or above the floor.
         temperature_floor: smallest tau of a tensor temperature; it alone picks the kernel, so no value is read back from the device.
         negatives: "joint", "cross" or "forward", see the table above.
-        positive: int64, column of `b` that matches each row of `a`; default: its own index. With "joint" and "cross" a permutation of each group.
+        positive: int64, column of `b` that matches each row of `a`; default: its own index (N <= M then). With "joint" and "cross" a permutation of each group.
             An index outside [0, M) raises on the CPU; on CUDA the anchor's loss is NaN.
         valid_a, valid_b: bool. An invalid row is neither anchor nor candidate, and an anchor whose positive is invalid is no anchor: loss and
             gradient exactly 0, whatever the row holds. `valid_b` defaults to `valid_a` when M == N.
         ids_a, ids_b: int64. Rows with equal ids are not each other's negatives; the positive always counts. `ids_b` defaults to `ids_a` when M == N.
-        queue: extra negatives for every anchor, shared by the groups, without gradient; "joint" and "forward" only.
+        queue: extra negatives for every anchor, shared by the groups, without gradient; "joint" and "forward" only. It is saved for the backward
+            pass: pass a clone if it is overwritten before that.
         precision: of the Triton matrix products, for the others there is one. None: float16 and bfloat16 rows use float16 similarities and bfloat16
             gradient products; float32 rows follow `torch.get_float32_matmul_precision()` ("highest": "tf32x3", otherwise "fp16").
             "ieee", "tf32x3", "fp16" name one. Accumulation is float32.
@@ -81,7 +82,8 @@ def infonce(
 
     Returns:
         losses, float32 (float64 for float64 rows): [.., 2N] for "joint" and "cross", the anchors of `a` first; [.., N] for "forward".
-        An anchor without any negative has loss 0. NaN and inf in a valid row reach every loss that it takes part in.
+        An anchor without any negative has loss 0. NaN in a valid row reaches every loss that it takes part in; inf reaches its own, unless
+        its similarities are all -inf, which exp takes to 0.
 
     Raises:
         ValueError: a shape, device, choice or temperature is off; the message names argument, expectation and value.
@@ -89,13 +91,11 @@ def infonce(
         RuntimeError: the named backend cannot run; a second derivative is asked for.
     """
     _check(a, b, negatives, positive, valid_a, valid_b, ids_a, ids_b, queue, precision)
-    temperature, floor = _temperature(temperature, temperature_floor, a)
+    temperature, floor = _temperature(temperature, temperature_floor, a, b)
     groups, n, m = a.shape[:-2], a.shape[-2], b.shape[-2]
     if n == m:
         valid_b = valid_a if valid_b is None else valid_b
         ids_b = ids_a if ids_b is None else ids_b
-    else:
-        expect((ids_a is None) == (ids_b is None), "ids_b", "be given with ids_a when M != N", None if ids_b is None else tuple(ids_b.shape))
     count = math.prod(groups)
     vectors = [None if v is None else v.reshape(count, v.shape[-1]) for v in (positive, valid_a, valid_b, ids_a, ids_b)]
     losses, _ = torch.ops.pix2rep.infonce(
@@ -112,32 +112,43 @@ def why_not(backend: str, tensors: list[Tensor | None]) -> str | None:
     return None
 
 
-def _temperature(temperature: float | Tensor, floor: float, a: Tensor) -> tuple[Tensor, float]:
-    dtype = compute_dtype(a, a)
+def _temperature(temperature: float | Tensor, floor: float, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
     if isinstance(temperature, Tensor):
-        expect(temperature.ndim == 0, "temperature", "be a float or a 0-d tensor", f"shape {tuple(temperature.shape)}")
         expect_float(temperature, "temperature")
-        expect(floor > 0, "temperature_floor", "be > 0", floor)
-        return temperature.to(a.device), float(floor)
-    expect(temperature > 0 and temperature != math.inf, "temperature", "be > 0 and finite", temperature)
-    return torch.full((), temperature, dtype=dtype, device=a.device), float(temperature)
+        if temperature.ndim != 0:
+            expect(False, "temperature", "be a float or a 0-d tensor", f"shape {tuple(temperature.shape)}")
+        expect_temperature(floor, "temperature_floor")
+        return temperature.to(a.device, compute_dtype(a, b)), float(floor)
+    expect_temperature(temperature)
+    return torch.full((), temperature, dtype=compute_dtype(a, b), device=a.device), float(temperature)
 
 
 def _check(a, b, negatives, positive, valid_a, valid_b, ids_a, ids_b, queue, precision) -> None:
     expect_choice(negatives, "negatives", NEGATIVES)
     expect_choice(precision, "precision", PRECISIONS)
-    expect(a.ndim >= 2, "a", "have shape [.., N, D]", tuple(a.shape))
-    expect(b.ndim == a.ndim and b.shape[:-2] == a.shape[:-2], "b", f"have shape [.., M, D] with the groups of a {tuple(a.shape)}", tuple(b.shape))
-    expect(b.shape[-1] == a.shape[-1], "b", f"have D = {a.shape[-1]} features as `a` has", b.shape[-1])
-    if negatives != "forward":
-        expect(b.shape[-2] == a.shape[-2], "b", f"have N = {a.shape[-2]} rows as `a` has (negatives={negatives!r})", b.shape[-2])
     for name, rows in (("a", a), ("b", b), ("queue", queue)):
         if rows is not None:
             expect_float(rows, name)
             expect_device(rows, name, a, "a")
+    if a.ndim < 2:
+        expect(False, "a", "have shape [.., N, D]", tuple(a.shape))
+    if b.ndim != a.ndim or b.shape[:-2] != a.shape[:-2]:
+        expect(False, "b", f"have shape [.., M, D] with the groups of a {tuple(a.shape)}", tuple(b.shape))
+    if b.shape[-1] != a.shape[-1]:
+        expect(False, "b", f"have D = {a.shape[-1]} features as `a` has", b.shape[-1])
+    if negatives != "forward" and b.shape[-2] != a.shape[-2]:
+        expect(False, "b", f"have N = {a.shape[-2]} rows as `a` has (negatives={negatives!r})", b.shape[-2])
+    if positive is None and a.shape[-2] > b.shape[-2]:
+        expect(False, "positive", f"be given where `a` has more rows ({a.shape[-2]}) than `b` ({b.shape[-2]})", None)
     if queue is not None:
-        expect(negatives != "cross", "queue", 'be None with negatives="cross"', tuple(queue.shape))
-        expect(queue.ndim == 2 and queue.shape[1] == a.shape[-1], "queue", f"have shape [Q, {a.shape[-1]}]", tuple(queue.shape))
+        if negatives == "cross":
+            expect(False, "queue", 'be None with negatives="cross"', tuple(queue.shape))
+        if queue.ndim != 2 or queue.shape[1] != a.shape[-1]:
+            expect(False, "queue", f"have shape [Q, {a.shape[-1]}]", tuple(queue.shape))
+    if ids_b is not None and ids_a is None:
+        expect(False, "ids_a", "be given with ids_b", None)
+    if ids_a is not None and ids_b is None and a.shape[-2] != b.shape[-2]:
+        expect(False, "ids_b", "be given with ids_a when M != N", None)
     vectors = (
         ("positive", positive, a, torch.int64), ("valid_a", valid_a, a, torch.bool), ("valid_b", valid_b, b, torch.bool),
         ("ids_a", ids_a, a, torch.int64), ("ids_b", ids_b, b, torch.int64),
@@ -145,10 +156,10 @@ def _check(a, b, negatives, positive, valid_a, valid_b, ids_a, ids_b, queue, pre
     for name, vector, rows, dtype in vectors:
         if vector is None:
             continue
-        expect(vector.shape == rows.shape[:-1], name, f"have shape {tuple(rows.shape[:-1])}", tuple(vector.shape))
+        expect_dtype(vector, name, dtype)
+        if vector.shape != rows.shape[:-1]:
+            expect(False, name, f"have shape {tuple(rows.shape[:-1])}", tuple(vector.shape))
         expect_device(vector, name, a, "a")
-        if vector.dtype != dtype:
-            raise TypeError(f"`{name}` must be {str(dtype).removeprefix('torch.')}, got {str(vector.dtype).removeprefix('torch.')}")
 
 
 def compute_dtype(a: Tensor, b: Tensor) -> torch.dtype:
