@@ -14,14 +14,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def compiled(cache: Path, *command: str) -> str:
+    """What Python prints that does not interpret kernels."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    pytest.importorskip("triton", reason="triton is not installed")
     out = tmp_path_factory.mktemp("static") / "gate.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(out.parent / "cache")}
-    command = [sys.executable, "-m", "benchmarks.static", "--gate", "--out", str(out)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    compiled(out.parent / "cache", "-m", "benchmarks.static", "--gate", "--out", str(out))
     return json.loads(out.read_text())["rows"]
 
 
@@ -48,3 +53,9 @@ def test_programs_share_a_multiprocessor(rows):
     for row in rows:
         if row["kernel"].startswith("sums") or row["d"] == 64:
             assert row["registers"] <= 128, row
+
+
+def test_every_kernel_compiles_as_calls_specialise_it(tmp_path):
+    """Sizes of 1, sizes divisible by 16 and absent tensors are constants and attributes to the JIT."""
+    kernels = compiled(tmp_path, str(ROOT / "tests" / "infonce_static.py")).split()
+    assert kernels == ["edges", "gradients", "losses", "online", "prepare", "products", "sums", "weights"]

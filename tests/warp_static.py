@@ -1,4 +1,4 @@
-"""Compile the Triton kernels of warp as a call would and print what ptxas says of them, a JSON object a line; run by test_warp.py, not interpreted."""
+"""Compile the Triton kernels of warp as calls would and print what ptxas says of them, a JSON object a line; run by test_warp_contract.py, not interpreted."""
 
 import json
 import re
@@ -6,54 +6,46 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from pix2rep_kernels.triton import warp, warp_backward
-from pix2rep_kernels.triton.warp_points import TAPS, blocks
+from jit_calls import compiling
+from pix2rep_kernels.ops.warp import memory_format
+from pix2rep_kernels.triton import warp
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-POINTERS = {
-    "grid": "*fp32", "points": "*i64", "inside": "*i1", "norms": "*fp32", "grad_features": "*fp32", "keys": "*i64", "weights": "*fp32",
-    "dots": "*fp32", "order": "*i64", "starts": "*i64",
+CALLS = {  # the first five for both chips
+    "2D last": {"channels": 256, "dtype": torch.bfloat16, "points": 20},
+    "2D first": {"channels": 64, "layout": "first", "normalize": False},
+    "2D bicubic, many channels": {"channels": 600, "dtype": torch.float16, "mode": "bicubic", "points": 20},
+    "3D last": {"channels": 100, "dtype": torch.bfloat16, "space": (4, 8, 8), "points": 20},
+    "3D first": {"channels": 100, "dtype": torch.bfloat16, "space": (4, 8, 8), "layout": "first", "points": 20},
+    "2D nearest, dense": {"channels": 64, "mode": "nearest", "affine": False, "padding_mode": "border", "points": 20},
+    "3D depth 1": {"channels": 16, "space": (1, 8, 8), "padding_mode": "border"},
+    "3D to depth 1": {"channels": 16, "space": (4, 8, 8), "size": (1, 8, 8), "align_corners": False},
+    "2D column to row": {"channels": 33, "space": (8, 1), "size": (1, 8)},
+    "one of everything": {"batch": 1, "channels": 1, "space": (1, 1), "points": 1},
+    "one of everything, 3D": {"batch": 1, "channels": 1, "space": (1, 1, 1), "align_corners": False},
 }  # fmt: skip
-UNIT_STRIDES = ("points_stride", "grid_c", "grad_c")
-OPTIONS = {"AFFINE": True, "ALIGN": True, "GIVEN": True, "BORDER": False, "WIDE": False, "NORMALIZE": True}
-KERNELS = {
-    "forward": warp.warp_forward_kernel,
-    "atomic": warp_backward.warp_backward_atomic_kernel,
-    "records": warp_backward.warp_backward_records_kernel,
-    "sum": warp_backward.warp_backward_sum_kernel,
-}
-CASES = [  # kernel, mode, dims, storage, channels, channels last
-    ("forward", "linear", 2, "bf16", 256, True),
-    ("forward", "linear", 2, "fp32", 64, False),
-    ("forward", "bicubic", 2, "fp16", 600, True),
-    ("forward", "linear", 3, "bf16", 100, False),
-    ("atomic", "linear", 2, "fp32", 64, True),
-    ("atomic", "linear", 2, "bf16", 256, False),
-    ("atomic", "linear", 3, "bf16", 100, True),
-    ("records", "bicubic", 2, "bf16", 256, True),
-    ("sum", "linear", 2, "bf16", 256, True),
-]
 
 
-def compiled(which, mode, dims, storage, channels, last, capability):
-    kernel, taps = KERNELS[which], TAPS[mode] ** dims
-    block_p, block_c, warps = blocks(channels, last, taps, backward=which != "forward")
-    constants = {**OPTIONS, "TAPS": TAPS[mode], "DIMS": dims, "LAST": last, "LOOP": channels > block_c, "K": taps, "BLOCK_R": 4}
-    constants |= {"BLOCK_P": block_p, "BLOCK_C": block_c, **dict.fromkeys(UNIT_STRIDES, 1)} | ({"stride_c": 1} if last else {})
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        kind = "*" + storage if name in ("features", "rows", "grad_rows") else POINTERS.get(name, "i32")
-        signature[name] = "constexpr" if name in constants else kind
-        aligned = kind.startswith("*") or (channels % 16 == 0 and (name == "C" or name.startswith("stride_") or name == "grad_p"))
-        if aligned and name not in constants:
-            attributes[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": False})
+def call(
+    channels, batch=2, space=(8, 8), size=None, dtype=torch.float32, layout="last", mode="linear", affine=True, points=None, align_corners=True,
+    padding_mode="zeros", normalize=True,
+):  # fmt: skip
+    """Forward, and backward by atomics and in order."""
+    dims, size = len(space), list(size or space)
+    features = torch.zeros(batch, channels, *space, dtype=dtype)
+    if layout == "last":
+        features = features.to(memory_format=memory_format(dims + 2))
+    grid = torch.zeros(batch, dims, dims + 1) if affine else torch.zeros(batch, *size, dims)
+    points = None if points is None else torch.zeros(points, dtype=torch.int64)
+    where = (grid, size, points, mode, align_corners, padding_mode, normalize)
+    rows, _, norms = warp.forward(features, *where)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        warp.backward(torch.zeros_like(rows), rows, norms, *where, list(features.shape), layout == "last")
+    torch.use_deterministic_algorithms(False)
 
 
 def usage(cubin):
@@ -70,7 +62,10 @@ def usage(cubin):
 
 
 if __name__ == "__main__":
-    for case in CASES:
-        for capability in (80, 90):
-            fields = dict(zip(("kernel", "mode", "dims", "storage", "channels", "last"), case, strict=True))
-            print(json.dumps({**fields, "sm": capability, **usage(compiled(*case, capability).asm["cubin"])}), flush=True)
+    for i, (name, options) in enumerate(CALLS.items()):
+        for capability in (80, 90) if i < 5 else (90,):
+            with compiling(capability) as kernels:
+                call(**options)
+            fields = {"call": name, "channels": options["channels"], "last": options.get("layout") != "first", "sm": capability}
+            for kernel, compiled in kernels:
+                print(json.dumps({"kernel": kernel, **fields, **usage(compiled.asm["cubin"])}), flush=True)

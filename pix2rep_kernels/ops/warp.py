@@ -52,7 +52,7 @@ def warp(
         features: [B, C, *S] with d = 2 or 3 spatial axes; float16, bfloat16, float32 or float64; any strides, channels-last is the fast layout.
         grid: affine matrices [B, d, d+1] that map normalised output to normalised input coordinates, as `F.affine_grid` takes them, or a dense grid
             [B, *S_out, d] as `F.grid_sample` takes it; float32 or float64. It gets no gradient.
-        size: S_out of an affine grid; default S. A dense grid brings its own.
+        size: S_out of an affine grid, axes of at most 2^24, B * prod(S_out) < 2^62; default S. A dense grid brings its own.
         points: int64 flat indices into B * prod(S_out), image first; default: every point, in order. Repeats are allowed. An index outside raises on the
             CPU; on CUDA its row is NaN and not inside.
         mode: "linear" (bi- or trilinear by rank), "nearest" or "bicubic" (d = 2 only).
@@ -67,7 +67,7 @@ def warp(
 
     Raises:
         ValueError: a shape, device or choice is off; the message names argument, expectation and value.
-        TypeError: an argument has the wrong dtype.
+        TypeError: an argument has the wrong type or dtype.
         RuntimeError: the named backend cannot run; a second derivative is asked for.
     """
     size = _check(features, grid, size, points, mode, padding_mode)
@@ -95,16 +95,23 @@ def _check(features, grid, size, points, mode, padding_mode) -> tuple[int, ...]:
         raise TypeError(f"`grid` must be float32 or float64, got {str(grid.dtype).removeprefix('torch.')}")
     expect_device(grid, "grid", features, "features")
     batch = features.shape[0]
+    if size is not None:
+        size = _size(size)
     if grid.ndim == 3:
-        expect(grid.shape == (batch, dims, dims + 1), "grid", f"have shape {(batch, dims, dims + 1)} (affine)", tuple(grid.shape))
-        size = tuple(features.shape[2:]) if size is None else tuple(size)
+        if grid.shape != (batch, dims, dims + 1):
+            expect(False, "grid", f"have shape {(batch, dims, dims + 1)} (affine)", tuple(grid.shape))
+        size = tuple(features.shape[2:]) if size is None else size
         expect(len(size) == dims, "size", f"have {dims} entries", size)
         expect(min(size) >= 0, "size", "have no negative entry", size)
+        expect(max(size) <= 2**24, "size", "have entries of at most 2^24, the whole numbers of float32", size)
+        # The kernels' int64 indices, with room for the taps' arithmetic.
+        expect(batch * math.prod(size) < 2**62, "size", "have B * prod(size) < 2^62 points", size)
     else:
-        dense = grid.ndim == dims + 2 and grid.shape[0] == batch and grid.shape[-1] == dims
-        expect(dense, "grid", f"have shape [{batch}, {dims}, {dims + 1}] or [{batch}, *S_out, {dims}]", tuple(grid.shape))
+        if grid.ndim != dims + 2 or grid.shape[0] != batch or grid.shape[-1] != dims:
+            expect(False, "grid", f"have shape [{batch}, {dims}, {dims + 1}] or [{batch}, *S_out, {dims}]", tuple(grid.shape))
         own = tuple(grid.shape[1:-1])
-        expect(size is None or tuple(size) == own, "size", f"be {own} as the dense grid is, or None", size)
+        if size is not None and size != own:
+            expect(False, "size", f"be {own} as the dense grid is, or None", size)
         size = own
     if points is not None:
         if points.dtype != torch.int64:
@@ -112,6 +119,12 @@ def _check(features, grid, size, points, mode, padding_mode) -> tuple[int, ...]:
         expect(points.ndim == 1, "points", "have shape [P]", tuple(points.shape))
         expect_device(points, "points", features, "features")
     return size
+
+
+def _size(size) -> tuple[int, ...]:
+    if not isinstance(size, (tuple, list)) or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in size):
+        raise TypeError(f"`size` must be a tuple of ints, got {size!r}")
+    return tuple(size)
 
 
 def _fake(features, grid, size, points, mode, align_corners, padding_mode, normalize, backend):

@@ -96,10 +96,9 @@ def losses(
     feature = tl.arange(0, SPAN)
     own = group * padded + offset + anchor
     match = anchor.to(tl.int64)
-    inside = mask
     if POSITIVE:
         match = tl.load(positive_ptr + group * count + anchor, mask=mask, other=0)
-        inside = mask & (match >= 0) & (match < partner_count)
+    inside = mask & (match >= 0) & (match < partner_count)
     partner = group * partner_padded + partner_offset + match
     x = tl.load(own_ptr + own[:, None] * D + feature[None, :], mask=mask[:, None] & (feature < D)[None, :], other=0.0)
     y = tl.load(partner_ptr + partner[:, None] * D + feature[None, :], mask=inside[:, None] & (feature < D)[None, :], other=0.0)

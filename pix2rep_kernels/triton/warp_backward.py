@@ -81,12 +81,13 @@ def warp_backward_records_kernel(
     )
     bad = (gx != gx) | (gy != gy) | (gz != gz)
     x, y, z = position(gx, W, ALIGN, BORDER, TAPS), position(gy, H, ALIGN, BORDER, TAPS), position(gz, D, ALIGN, BORDER, TAPS)
-    count = D.to(tl.int64) * H * W
+    plane = tl.cast(H, tl.int64) * W
+    count = plane * D
     K: tl.constexpr = TAPS * TAPS * (TAPS if DIMS == 3 else 1)
     for kz in tl.static_range(TAPS if DIMS == 3 else 1):
         for ky in tl.static_range(TAPS):
             for kx in tl.static_range(TAPS):
-                pixel, weight = tap(x, y, z, bad, D, H, W, H * W, W, 1, kz, ky, kx, BORDER, TAPS, DIMS)
+                pixel, weight = tap(x, y, z, bad, D, H, W, plane, W, 1, kz, ky, kx, BORDER, TAPS, DIMS)
                 at = p * K + (kz * TAPS + ky) * TAPS + kx
                 tl.store(keys + at, tl.where(ok & (weight != 0), image * count + pixel, B * count), mask=p < P)
                 tl.store(weights + at, weight, mask=p < P)

@@ -1,7 +1,7 @@
 """Where the points of warp are and what they sum: coordinates (warp.1), positions and taps (warp.2-3), and the block sizes that suit them.
 
 Coordinates are float32 (a float64 grid is cast), in the reference's order of operations and without fused multiply-adds (every launch passes
-enable_fp_fusion=False), so that both agree on a tie of "nearest".
+enable_fp_fusion=False), so that both agree on a tie of "nearest". A size of 1 is a constant when compiled: tl.cast takes both, `.to` tensors only.
 """
 
 import math
@@ -30,9 +30,9 @@ def output(i, extent, ALIGN: tl.constexpr):
     """Normalised coordinate of output index i, as in F.affine_grid."""
     last = extent - 1
     if ALIGN:
-        return tl.div_rn((2 * i - last).to(tl.float32), tl.maximum(last, 1).to(tl.float32))
+        return tl.div_rn((2 * i - last).to(tl.float32), tl.cast(tl.maximum(last, 1), tl.float32))
     else:
-        return tl.div_rn((2 * i - last).to(tl.float32), extent.to(tl.float32))
+        return tl.div_rn((2 * i - last).to(tl.float32), tl.cast(extent, tl.float32))
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def locate(
     """p [BLOCK_P], which p are points of the grid, their image and (x, y, z) in normalised input coordinates (z repeats y in 2D)."""
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     ok = p < P
-    count = OD.to(tl.int64) * OH * OW
+    count = tl.cast(OD, tl.int64) * OH * OW
     point = p
     if GIVEN:
         point = tl.load(points + p * points_stride, mask=ok, other=0)
@@ -87,11 +87,11 @@ def locate(
 def position(g, extent, ALIGN: tl.constexpr, BORDER: tl.constexpr, TAPS: tl.constexpr):
     """(warp.2), moved into the map when padding is "border"; bicubic moves its taps instead."""
     if ALIGN:
-        x = (g + 1) * 0.5 * (extent - 1).to(tl.float32)
+        x = (g + 1) * 0.5 * tl.cast(extent - 1, tl.float32)
     else:
-        x = ((g + 1) * extent.to(tl.float32) - 1) * 0.5
+        x = ((g + 1) * tl.cast(extent, tl.float32) - 1) * 0.5
     if BORDER and TAPS != 4:
-        x = tl.minimum(tl.maximum(x, 0.0), (extent - 1).to(tl.float32))
+        x = tl.minimum(tl.maximum(x, 0.0), tl.cast(extent - 1, tl.float32))
     return x
 
 
@@ -127,7 +127,7 @@ def axis_tap(x, extent, k: tl.constexpr, BORDER: tl.constexpr, TAPS: tl.constexp
             weight = near_weight(1 - t)
         else:
             weight = far_weight(2 - t)
-    last = (extent - 1).to(tl.float32)
+    last = tl.cast(extent - 1, tl.float32)
     if not BORDER:
         weight = tl.where((centre < 0) | (centre > last), 0.0, weight)
     centre = tl.where(centre == centre, centre, 0.0)  # minimum and maximum treat NaN differently when interpreted
