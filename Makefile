@@ -28,7 +28,7 @@ test-full: build
 
 demo: build
 	rm -rf $(DEMO)
-	$(BIN)/pix2rep phantom $(DEMO)/data --config demo
+	$(BIN)/pix2rep phantom $(DEMO)/data
 	$(BIN)/pix2rep pretrain $(DEMO)/data $(DEMO)/run --config demo
 	$(BIN)/pix2rep probe $(DEMO)/run
 	$(BIN)/pix2rep finetune $(DEMO)/run

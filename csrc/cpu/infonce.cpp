@@ -18,6 +18,8 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 struct SerialParallel {
+  int64_t workers() const { return 1; }
+
   template <class F>
   void operator()(int64_t count, const F& f) const {
     for (int64_t task = 0; task < count; ++task) f(task);
