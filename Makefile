@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 DEMO := runs/demo
 
-.PHONY: build test test-full demo bench lint clean
+.PHONY: build test demo bench lint clean
 
 build: .venv/.built
 
@@ -23,9 +23,6 @@ test: build
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-test-full: build
-	PIX2REP_TEST=full $(BIN)/python -m pytest
-
 demo: build
 	rm -rf $(DEMO)
 	$(BIN)/pix2rep phantom $(DEMO)/data
@@ -35,7 +32,7 @@ demo: build
 	$(BIN)/pix2rep check $(DEMO)/run --probe-above-random
 
 bench: build
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks/bench_*.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
