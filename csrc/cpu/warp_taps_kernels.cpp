@@ -8,10 +8,6 @@
 
 #include "warp_kernels.h"
 
-#ifndef PIX2REP_ISA
-#define PIX2REP_ISA baseline
-#endif
-
 namespace pix2rep {
 namespace PIX2REP_ISA {
 namespace {
