@@ -41,6 +41,15 @@ def torch_root() -> Path | None:
     return None
 
 
+def fresh(target: str) -> bool:
+    """Whether an object is newer than this file and everything that the compiler says it read (the .d file that -MMD writes)."""
+    made, listed = Path(target), Path(target).with_suffix(".d")
+    if not (made.exists() and listed.exists()):
+        return False
+    read = [Path(name) for name in listed.read_text().partition(": ")[2].replace("\\\n", " ").split()]
+    return all(file.exists() and file.stat().st_mtime < made.stat().st_mtime for file in [Path(__file__), *read])
+
+
 class Build(build_ext):
     """Compile each kernel file once an instruction set, the files side by side."""
 
@@ -56,10 +65,13 @@ class Build(build_ext):
 
         def compile_one(job):
             source, folder, macros, flags = job
-            return self.compiler.compile([source], folder, macros, include, extra_postargs=flags, depends=extension.depends)
+            (target,) = self.compiler.object_filenames([source], output_dir=folder)
+            if self.force or not fresh(target):
+                self.compiler.compile([source], folder, macros, include, extra_postargs=[*flags, "-MMD"])
+            return target
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            objects = [file for files in pool.map(compile_one, jobs) for file in files]
+            objects = list(pool.map(compile_one, jobs))
         target = self.get_ext_fullpath(extension.name)
         self.compiler.link_shared_object(objects, target, libraries=["torch_cpu"], library_dirs=[str(torch / "lib")], target_lang="c++")
         version = subprocess.run([*self.compiler.compiler_cxx[:1], "--version"], capture_output=True, text=True).stdout.partition("\n")[0]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import interleaved
 from pix2rep_kernels import warp
-from pix2rep_kernels.ops.warp import memory_format
+from pix2rep_kernels.layout import memory_format
 from pix2rep_kernels.testing import error, tolerance
 
 # B, C, S, points (None: all). The first two are Pix2Rep's; then more channels, fewer, one image, a volume.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pix2rep_kernels import warp
-from pix2rep_kernels.ops.warp import memory_format
+from pix2rep_kernels.layout import memory_format
 from pix2rep_kernels.testing import backends, error, poisoned, tolerance
 
 FAST = [b for b in backends("warp") if b != "triton" or torch.cuda.is_available()]  # interpreted kernels have a table of their own

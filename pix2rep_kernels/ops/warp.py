@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_float
+from pix2rep_kernels.layout import is_channels_last, new_empty
 from pix2rep_kernels.register import register
 
 MODES = ("linear", "nearest", "bicubic")
@@ -140,13 +141,7 @@ def _fake(features, grid, size, points, mode, align_corners, padding_mode, norma
 def _backward_fake(
     grad_rows, rows, norms, grid, size, points, mode, align_corners, padding_mode, normalize, shape, channels_last, backend
 ):  # fmt: skip
-    grad = rows.new_empty(shape)
-    return grad.to(memory_format=memory_format(len(shape))) if channels_last else grad
-
-
-def memory_format(ndim: int) -> torch.memory_format:
-    """channels-last of a [B, C, *S] tensor with `ndim` axes."""
-    return torch.channels_last if ndim == 4 else torch.channels_last_3d
+    return new_empty(rows, shape, channels_last)
 
 
 def _setup_context(ctx, inputs, output):
@@ -154,8 +149,7 @@ def _setup_context(ctx, inputs, output):
     rows, inside, norms = output
     ctx.mark_non_differentiable(inside, norms)
     ctx.save_for_backward(rows, norms, grid, points)
-    channels_last = features.is_contiguous(memory_format=memory_format(features.ndim)) and not features.is_contiguous()
-    ctx.options = (size, mode, align_corners, padding_mode, normalize, features.shape, channels_last, backend)
+    ctx.options = (size, mode, align_corners, padding_mode, normalize, features.shape, is_channels_last(features), backend)
 
 
 def _backward(ctx, grad_rows, grad_inside, grad_norms):

@@ -1,20 +1,11 @@
-"""Compile the Triton kernels of warp as calls would and print what ptxas says of them, a JSON object a line; run by test_warp_contract.py, not interpreted."""
-
-import json
-import re
-import subprocess
-import tempfile
-from pathlib import Path
+"""Calls of warp whose Triton kernels `benchmarks.compiled` compiles."""
 
 import torch
-import triton
 
-from jit_calls import compiling
-from pix2rep_kernels.ops.warp import memory_format
+from pix2rep_kernels.layout import memory_format
 from pix2rep_kernels.triton import warp
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-CALLS = {  # the first five for both chips
+CALLS = {
     "2D last": {"channels": 256, "dtype": torch.bfloat16, "points": 20},
     "2D first": {"channels": 64, "layout": "first", "normalize": False},
     "2D bicubic, many channels": {"channels": 600, "dtype": torch.float16, "mode": "bicubic", "points": 20},
@@ -46,26 +37,3 @@ def call(
         torch.use_deterministic_algorithms(deterministic)
         warp.backward(torch.zeros_like(rows), rows, norms, *where, list(features.shape), layout == "last")
     torch.use_deterministic_algorithms(False)
-
-
-def usage(cubin):
-    """Registers, bytes of stack (spills), widest load in bits."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        resources, sass = (
-            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout for option in ("-res-usage", "-sass")
-        )
-    widths = [int(bits) for bits in re.findall(r"LDG\.E\.(?:CONSTANT\.)?(64|128)", sass)]
-    found = {"registers": r"REG:(\d+)", "stack": r"STACK:(\d+)"}
-    return {name: int(re.search(pattern, resources)[1]) for name, pattern in found.items()} | {"widest": max(widths, default=32)}
-
-
-if __name__ == "__main__":
-    for i, (name, options) in enumerate(CALLS.items()):
-        for capability in (80, 90) if i < 5 else (90,):
-            with compiling(capability) as kernels:
-                call(**options)
-            fields = {"call": name, "channels": options["channels"], "last": options.get("layout") != "first", "sm": capability}
-            for kernel, compiled in kernels:
-                print(json.dumps({"kernel": kernel, **fields, **usage(compiled.asm["cubin"])}), flush=True)
