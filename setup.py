@@ -1,12 +1,13 @@
-"""Build `_C` (CPU kernels) against LibTorch's stable ABI.
+"""Build `_C` (CPU kernels) and, where nvcc is, `_C_cuda` against LibTorch's stable ABI.
 
-PIX2REP_BUILD=auto (default) | cpu | cuda | none chooses; the presence of a GPU never does.
+PIX2REP_BUILD=auto (default) | cpu | cuda | none chooses; the presence of a GPU never does. "emulate" builds the CUDA sources for the CPU, for tests.
 """
 
 import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -19,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 BUILD = os.environ.get("PIX2REP_BUILD", "auto")
-if BUILD not in ("auto", "cpu", "cuda", "none"):
+if BUILD not in ("auto", "cpu", "cuda", "none", "emulate"):
     raise SystemExit(f"`PIX2REP_BUILD` must be auto, cpu, cuda or none, got {BUILD!r}")
 
 # One object serves torch 2.11 and later, CPython 3.10 and later.
@@ -29,6 +30,15 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi
 ISA_FLAGS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]}
+# Machine code for Ampere and Hopper, and code that the driver compiles for what comes after.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wno-psabi"]
+NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code={code}_{arch}" for arch, code in (("80", "sm"), ("90a", "sm"), ("80", "compute"))]
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, of CUDA_HOME or on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
 
 
 def torch_root() -> Path | None:
@@ -50,33 +60,65 @@ def fresh(target: str) -> bool:
     return all(file.exists() and file.stat().st_mtime < made.stat().st_mtime for file in [Path(__file__), *read])
 
 
+def cuda_root() -> Path:
+    """Folder of the CUDA toolkit that `nvcc` belongs to."""
+    text = subprocess.run([nvcc(), "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+    return Path(re.search(r"^#\$ TOP=(.*)$", text, re.MULTILINE)[1])
+
+
+def first_line(compiler: str, line: int = 0) -> str:
+    """What a compiler says of itself."""
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.strip().split("\n")[line]
+
+
 class Build(build_ext):
     """Compile each kernel file once an instruction set, the files side by side."""
 
     def build_extension(self, extension):
         torch = torch_root()
         include = [str(torch / "include"), str(ROOT / "csrc")]
+        name = extension.name.rpartition(".")[2]
+        emulated = name == "_C_emulated"
         jobs = []
         for source in extension.sources:
             sets = ISA_FLAGS if source.endswith("_kernels.cpp") else {None: []}
             for isa, flags in sets.items():
-                macros = [*MACROS, *([("PIX2REP_ISA", isa)] if isa else [])]
-                jobs.append((source, os.path.join(self.build_temp, isa or "any"), macros, FLAGS + flags))
+                macros = [*MACROS, ("PIX2REP_MODULE", name), *([("PIX2REP_ISA", isa)] if isa else [])]
+                macros += [("PIX2REP_EMULATE", None)] if emulated else []
+                jobs.append((source, os.path.join(self.build_temp, name, isa or "any"), macros, FLAGS + flags))
+        include += [str(ROOT / "tests/emulate")] if emulated else []
 
         def compile_one(job):
             source, folder, macros, flags = job
-            (target,) = self.compiler.object_filenames([source], output_dir=folder)
+            target = os.path.join(folder, source + ".o")
             if self.force or not fresh(target):
-                self.compiler.compile([source], folder, macros, include, extra_postargs=[*flags, "-MMD"])
+                defined = [f"-D{key}" if value is None else f"-D{key}={value}" for key, value in macros]
+                included = [f"-I{path}" for path in [*include, *self.include_dirs]]
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                if source.endswith(".cu") and not emulated:
+                    compiler = [nvcc(), *NVCC_FLAGS]
+                else:
+                    compiler = [*self.compiler.compiler_so_cxx, *flags, *(["-x", "c++"] if emulated else [])]
+                self.spawn([*compiler, *defined, *included, "-MMD", "-MF", str(Path(target).with_suffix(".d")), "-c", source, "-o", target])
             return target
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, jobs))
         target = self.get_ext_fullpath(extension.name)
-        self.compiler.link_shared_object(objects, target, libraries=["torch_cpu"], library_dirs=[str(torch / "lib")], target_lang="c++")
-        version = subprocess.run([*self.compiler.compiler_cxx[:1], "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-        facts = {"objects": ["_C"], "compiler": version, "isas": sorted(ISA_FLAGS), "flags": FLAGS, "machine": platform.machine()}
-        Path(target).with_name("_build.json").write_text(json.dumps(facts, indent=1) + "\n")
+        libraries, folders = ["torch_cpu"], [str(torch / "lib")]
+        if name == "_C_cuda":
+            libraries += ["cudart_static", "rt", "pthread", "dl"]
+            folders += [str(cuda_root() / "lib64")]
+        self.compiler.link_shared_object(objects, target, libraries=libraries, library_dirs=folders, target_lang="c++")
+        facts = {"objects": [], "isas": sorted(ISA_FLAGS), "flags": FLAGS, "machine": platform.machine()}
+        path = Path(target).with_name("_build.json")
+        if path.exists():
+            facts = json.loads(path.read_text())
+        facts["objects"] = sorted({*facts["objects"], name})
+        facts["compiler"] = first_line(self.compiler.compiler_cxx[0])
+        if name == "_C_cuda":
+            facts["nvcc"], facts["nvcc_flags"] = first_line(nvcc(), -1), NVCC_FLAGS
+        path.write_text(json.dumps(facts, indent=1) + "\n")
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
@@ -95,11 +137,16 @@ class Wheel(bdist_wheel):
 def extensions() -> list[Extension]:
     if BUILD == "none":
         return []
-    if BUILD == "cuda" and not any((ROOT / "csrc/cuda").glob("*.cu")):
-        raise SystemExit("`PIX2REP_BUILD` must be auto, cpu or none: there is no CUDA C++ source yet, got 'cuda'")
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
-    headers = sorted(str(p.relative_to(ROOT)) for folder in ("common", "cpu") for p in (ROOT / "csrc" / folder).glob("*.h"))
-    return [Extension("pix2rep_kernels._C", sources, depends=headers, py_limited_api=True, language="c++")]
+    cuda = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c*") if p.suffix in (".cu", ".cpp"))
+    if BUILD == "emulate":
+        return [Extension("pix2rep_kernels._C_emulated", cuda, py_limited_api=True)]
+    if BUILD == "cuda" and nvcc() is None:
+        raise SystemExit("`PIX2REP_BUILD` must be auto, cpu or none where there is no nvcc on PATH or under CUDA_HOME, got 'cuda'")
+    cpu = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
+    found = [Extension("pix2rep_kernels._C", cpu, py_limited_api=True, language="c++")]
+    if BUILD != "cpu" and nvcc():
+        found.append(Extension("pix2rep_kernels._C_cuda", cuda, py_limited_api=True))
+    return found
 
 
 # Read by an isolated build before it compiles; torch that is in the environment already is used instead.

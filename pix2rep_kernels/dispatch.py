@@ -47,7 +47,7 @@ def why_unavailable(op: str, backend: str) -> str | None:
     if backend in native.OBJECTS:
         if reason := native.why_missing(backend):
             return reason
-        if not hasattr(torch.ops.pix2rep_native, op):
+        if not _has_kernel(op, backend):
             return f"{native.OBJECTS[backend]} was built before {op} existed (rebuild: pip install --no-build-isolation .)"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -55,6 +55,13 @@ def why_unavailable(op: str, backend: str) -> str | None:
         if not (interpreted() or torch.cuda.is_available()):
             return "no CUDA device is visible (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return None
+
+
+def _has_kernel(op: str, backend: str) -> bool:
+    """Whether the loaded object of `backend` registered a kernel of `op`; the schema alone comes with _C."""
+    key = "CUDA" if backend == "cuda" and not native.emulated() else "CPU"
+    name = f"{'pix2rep_emulated' if backend == 'cuda' and native.emulated() else 'pix2rep_native'}::{op}"
+    return hasattr(native.namespace(backend), op) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def why_not(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:
@@ -78,7 +85,7 @@ def why_not(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:
     kind = present[0].device.type
     if backend == "cpu" and kind != "cpu":
         return f"the tensors are on {kind}, this backend needs cpu"
-    if backend == "cuda" and kind != "cuda":
+    if backend == "cuda" and kind != "cuda" and not native.emulated():
         return f"the tensors are on {kind}, this backend needs cuda"
     if backend == "triton" and kind == "cpu" and not interpreted():
         return "the tensors are on cpu, this backend needs cuda (or TRITON_INTERPRET=1)"
@@ -121,7 +128,7 @@ def _warn_slow(op: str, reason: str) -> None:
 def implementation(op: str, backend: str):
     """`(forward, backward)` of an op: the same two names in every backend, with the schema's arguments less `backend`."""
     if backend in native.OBJECTS:
-        namespace = torch.ops.pix2rep_native
+        namespace = native.namespace(backend)
         return getattr(namespace, op).default, getattr(namespace, f"{op}_backward").default
     module = importlib.import_module(f"{HOMES[op]}.{backend}.{op}")
     return module.forward, module.backward
