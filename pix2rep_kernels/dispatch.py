@@ -29,7 +29,7 @@ AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 _NOT_YET = "the CUDA C++ kernel is not written yet; the Triton kernel serves CUDA tensors"
 _TRITON_SERVES = "the Triton kernel serves CUDA tensors; C++ would have to beat it in a measurement first"
 ABSENT = {
-    **{(op, "cuda"): _NOT_YET for op in ("warp", "infonce", "crosscorr", "pool")},
+    **{(op, "cuda"): _NOT_YET for op in ("infonce", "crosscorr", "pool")},
     **{(op, "cuda"): _TRITON_SERVES for op in ("joint", "lncc", "align")},
 }
 
@@ -125,10 +125,15 @@ def _warn_slow(op: str, reason: str) -> None:
 
 
 @functools.cache
-def implementation(op: str, backend: str):
-    """`(forward, backward)` of an op: the same two names in every backend, with the schema's arguments less `backend`."""
+def implementation(op: str, backend: str, deterministic: bool = False):
+    """`(forward, backward)` of an op: the same two names in every backend, with the schema's arguments less `backend`.
+
+    A compiled op whose fast backward adds in any order brings `<op>_backward_ordered` too, taken where determinism is asked for; Triton asks itself.
+    """
     if backend in native.OBJECTS:
         namespace = native.namespace(backend)
-        return getattr(namespace, op).default, getattr(namespace, f"{op}_backward").default
+        ordered = f"{op}_backward_ordered"
+        backward = ordered if deterministic and hasattr(namespace, ordered) and _has_kernel(ordered, backend) else f"{op}_backward"
+        return getattr(namespace, op).default, getattr(namespace, backward).default
     module = importlib.import_module(f"{HOMES[op]}.{backend}.{op}")
     return module.forward, module.backward

@@ -43,7 +43,7 @@ def _body(op: str, which: int) -> Callable:
         chosen = dispatch.choose(op, backend, tensors)
         kind = next(t for t in tensors if t is not None).device.type
         with torch.autocast(kind, enabled=False):  # an op states its own precision
-            return dispatch.implementation(op, chosen)[which](*inputs)
+            return dispatch.implementation(op, chosen, torch.are_deterministic_algorithms_enabled())[which](*inputs)
 
     return body
 

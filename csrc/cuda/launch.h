@@ -18,11 +18,13 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
-// PIX2REP_CUDA_LIBRARY(m) { m.impl(...); } registers the kernels of a file.
+// PIX2REP_CUDA_LIBRARY(m) { m.impl(...); } registers the kernels of a file; PIX2REP_CUDA_FRAGMENT(m) { m.def(...); } an op that CUDA alone has.
 #ifdef PIX2REP_EMULATE
 #define PIX2REP_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pix2rep_emulated, CPU, m)
+#define PIX2REP_CUDA_FRAGMENT(m) STABLE_TORCH_LIBRARY_FRAGMENT(pix2rep_emulated, m)
 #else
 #define PIX2REP_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pix2rep_native, CUDA, m)
+#define PIX2REP_CUDA_FRAGMENT(m) STABLE_TORCH_LIBRARY_FRAGMENT(pix2rep_native, m)
 #endif
 
 namespace pix2rep {

@@ -234,5 +234,15 @@ inline void add_atomic(float* to, float value) { *to += value; }
 
 }  // namespace pix2rep::device
 
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __int_as_float(int bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+using std::fabs;
+
 inline void __syncthreads() { pix2rep::device::arrive(pix2rep::device::block.barrier, int(blockDim.x)); }
 inline void __syncwarp(unsigned = 0) { pix2rep::device::arrive(pix2rep::device::block.warps[threadIdx.x / 32].barrier, 32); }

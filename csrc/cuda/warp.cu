@@ -1,0 +1,229 @@
+// pix2rep_native::warp and warp_backward on CUDA: arguments, layouts, which kernel. `warp_backward_ordered` is the backward that sorts.
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "../common/grid_arguments.h"
+#include "launch.h"
+#include "warp_backward.cuh"
+#include "warp_forward.cuh"
+
+namespace pix2rep {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+template <class F>
+void with_storage(ScalarType type, const char* argument, const F& f) {
+  with_float_type(type, argument, [&](auto zero) {
+    if constexpr (sizeof(zero) == 8) {
+      STD_TORCH_CHECK(false, "`", argument, "` must be float16, bfloat16 or float32 on CUDA, got float64");
+    } else {
+      f(zero);
+    }
+  });
+}
+
+// f(taps an axis, dims) as constants.
+template <class F>
+void with_taps(int taps, int dims, const F& f) {
+  using std::integral_constant;
+  const auto go = [&](auto t) { dims == 3 ? f(t, integral_constant<int, 3>{}) : f(t, integral_constant<int, 2>{}); };
+  if (taps == 1) return go(integral_constant<int, 1>{});
+  if (taps == 2) return go(integral_constant<int, 2>{});
+  f(integral_constant<int, 4>{}, integral_constant<int, 2>{});
+}
+
+struct Arguments : GridArguments {
+  Optional given;
+  int64_t count;
+
+  Arguments(const Tensor& grid, const Sizes& size, const Optional& points, const std::string& mode, bool align_corners, const std::string& padding_mode,
+            const Sizes& shape)
+      : GridArguments(grid, size, mode, align_corners, padding_mode, shape, "features", "grid"), count(shape[0] * per_image()) {
+    if (!points) return;
+    PIX2REP_EXPECT(points->scalar_type() == ScalarType::Long && points->dim() == 1, "points", "be int64 of shape [P]", points->dim(), " axes");
+    given = torch::stable::contiguous(*points);
+    count = given->numel();
+  }
+
+  // The problem over a map whose strides are those of `map` [B, C, *S], or of pixels alone.
+  WarpProblem problem(const Tensor* map) const {
+    WarpProblem w{grid.data_ptr(), grid.scalar_type() == ScalarType::Double, affine, align_corners, border, dims, 0, 0, 0,
+                  given ? data<int64_t>(*given) : nullptr, count, shape[0], shape[1], {1, 1, 1}, {1, 1, 1}, 0, 0, {0, 0, 0}};
+    if (affine) w.grid_batch = grid.stride(0), w.grid_row = grid.stride(1), w.grid_column = grid.stride(2);
+    int64_t pixels = 1;
+    for (int axis = dims - 1; axis >= 0; --axis) {
+      const int at = 3 - dims + axis;
+      w.size[at] = size[axis], w.extent[at] = shape[2 + axis];
+      w.stride[at] = map ? map->stride(2 + axis) : pixels;
+      pixels *= shape[2 + axis];
+    }
+    if (map) w.stride_batch = map->stride(0), w.stride_channel = map->stride(1);
+    return w;
+  }
+};
+
+int64_t blocks_of(int64_t threads) { return (threads + kWarpThreads - 1) / kWarpThreads; }
+
+// Lanes of a point: the power of two that covers its channels, 32 at most.
+int lanes_of(int64_t channels, int vector) {
+  int lanes = 1;
+  while (lanes < 32 && int64_t(lanes) * vector < channels) lanes *= 2;
+  return lanes;
+}
+
+// Whether rows of `count` neighbouring values may be read together everywhere in the map.
+bool aligned(const Tensor& map, int count) {
+  if (map.stride(1) != 1 || map.size(1) % count != 0) return false;
+  for (int64_t axis = 0; axis < map.dim(); ++axis)
+    if (axis != 1 && map.size(axis) > 1 && map.stride(axis) % count != 0) return false;
+  return reinterpret_cast<uintptr_t>(map.data_ptr()) % (count * map.element_size()) == 0;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor features, Tensor grid, Sizes size, Optional points, std::string mode, bool align_corners,
+                                           std::string padding_mode, bool normalize) {
+  const Arguments in(grid, size, points, mode, align_corners, padding_mode, shape_of(features));
+  Tensor rows = torch::stable::new_empty(features, {in.count, in.shape[1]});
+  Tensor inside = torch::stable::new_empty(features, {in.count}, ScalarType::Bool);
+  Tensor norms = torch::stable::new_empty(features, {normalize ? in.count : 0}, ScalarType::Float);
+  if (in.count == 0) return {rows, inside, norms};
+  const Launch launch(features);
+  const WarpProblem w = in.problem(&features);
+  float* norm = normalize ? mutable_data<float>(norms) : nullptr;
+  const bool last = features.stride(1) == 1 && features.size(1) > 1;
+  with_storage(features.scalar_type(), "features", [&](auto zero) {
+    using S = decltype(zero);
+    with_taps(in.taps, in.dims, [&](auto taps, auto dims) {
+      constexpr int t = taps, d = dims, wide = 16 / sizeof(S);
+      const S* from = static_cast<const S*>(features.data_ptr());
+      S* to = static_cast<S*>(rows.data_ptr());
+      const auto rows_kernel = [&](auto kernel, int vector) {
+        const int lanes = lanes_of(w.channels, vector);
+        launch("warp_rows", kernel, blocks_of(w.count * lanes), kWarpThreads, 0, w, lanes, from, to, mutable_data<bool>(inside), norm);
+      };
+      if (last && aligned(features, wide))
+        rows_kernel(&warp_rows<S, wide, t, d>, wide);
+      else if (last)
+        rows_kernel(&warp_rows<S, 1, t, d>, 1);
+      else
+        launch("warp_planes", &warp_planes<S, t, d>, (w.count + kPlanePoints - 1) / kPlanePoints, kWarpThreads,
+               PlaneShared::bytes(WarpTaps<t, d>::kCount), w, from, to, mutable_data<bool>(inside), norm);
+    });
+  });
+  return {rows, inside, norms};
+}
+
+// What the two ways backward share.
+struct Backward {
+  Arguments in;
+  Tensor grad_rows, rows, norms;
+  bool normalize, channels_last;
+  Sizes memory;  // of the gradient: channels-last is allocated as [B, *S, C]
+
+  Backward(const Tensor& grad_rows, const Tensor& rows, const Tensor& norms, const Tensor& grid, const Sizes& size, const Optional& points,
+           const std::string& mode, bool align_corners, const std::string& padding_mode, bool normalize, const Sizes& shape, bool channels_last)
+      : in(grid, size, points, mode, align_corners, padding_mode, shape), grad_rows(torch::stable::contiguous(grad_rows)),
+        rows(torch::stable::contiguous(rows)), norms(norms), normalize(normalize), channels_last(channels_last), memory(shape) {
+    PIX2REP_EXPECT(grad_rows.dim() == 2 && grad_rows.size(0) == in.count && grad_rows.size(1) == shape[1], "grad_rows", "have shape [P, C]",
+                   grad_rows.dim(), " axes of which the first is ", grad_rows.size(0));
+    PIX2REP_EXPECT(grad_rows.scalar_type() == rows.scalar_type(), "grad_rows", "have the dtype of rows", "scalar type ", int(grad_rows.scalar_type()));
+    if (channels_last) memory.erase(memory.begin() + 1), memory.push_back(shape[1]);
+  }
+
+  template <class S>
+  WarpUpstream<S> upstream() const {
+    return {static_cast<const S*>(grad_rows.data_ptr()), static_cast<const S*>(rows.data_ptr()), normalize ? data<float>(norms) : nullptr};
+  }
+};
+
+// [B, *S, C] seen as [B, C, *S].
+Tensor in_place(Tensor gradient, bool channels_last) {
+  for (int64_t axis = gradient.dim() - 1; channels_last && axis > 1; --axis) gradient = torch::stable::transpose(gradient, axis - 1, axis);
+  return gradient;
+}
+
+Tensor backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes size, Optional points, std::string mode, bool align_corners,
+                std::string padding_mode, bool normalize, Sizes shape, bool channels_last) {
+  const Backward it(grad_rows, rows, norms, grid, size, points, mode, align_corners, padding_mode, normalize, shape, channels_last);
+  const Launch launch(rows);
+  Tensor sums = torch::stable::new_zeros(rows, it.memory, ScalarType::Float);
+  const Tensor view = in_place(sums, channels_last);
+  const WarpProblem w = it.in.problem(&view);
+  Tensor grad = rows.scalar_type() == ScalarType::Float ? sums : torch::stable::new_empty(rows, it.memory);
+  with_storage(rows.scalar_type(), "rows", [&](auto zero) {
+    using S = decltype(zero);
+    with_taps(it.in.taps, it.in.dims, [&](auto taps, auto dims) {
+      constexpr int t = taps, d = dims;
+      if (it.rows.numel() == 0) return;
+      const auto up = it.upstream<S>();
+      float* to = mutable_data<float>(sums);
+      const auto rows_kernel = [&](auto kernel, int vector) {
+        const int lanes = lanes_of(w.channels, vector);
+        launch("warp_scatter_rows", kernel, blocks_of(w.count * lanes), kWarpThreads, 0, w, lanes, up, to);
+      };
+      if (w.stride_channel == 1 && w.channels % 4 == 0)
+        rows_kernel(&warp_scatter_rows<S, 4, t, d>, 4);
+      else if (w.stride_channel == 1)
+        rows_kernel(&warp_scatter_rows<S, 1, t, d>, 1);
+      else
+        launch("warp_scatter_planes", &warp_scatter_planes<S, t, d>, (w.count + kPlanePoints - 1) / kPlanePoints, kWarpThreads,
+               PlaneShared::bytes(WarpTaps<t, d>::kCount), w, up, to);
+    });
+    if constexpr (sizeof(S) == 2)
+      launch("convert", &convert<S>, blocks_of(sums.numel()), kWarpThreads, 0, sums.numel(), data<float>(sums), static_cast<S*>(grad.data_ptr()));
+  });
+  return in_place(grad, channels_last);
+}
+
+// torch.sort(keys, stable=True)
+std::tuple<Tensor, Tensor> sorted(const Tensor& keys) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
+                                    torch::stable::detail::from(int64_t(0)), torch::stable::detail::from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+Tensor backward_ordered(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes size, Optional points, std::string mode, bool align_corners,
+                        std::string padding_mode, bool normalize, Sizes shape, bool channels_last) {
+  const Backward it(grad_rows, rows, norms, grid, size, points, mode, align_corners, padding_mode, normalize, shape, channels_last);
+  const Launch launch(rows);
+  const WarpProblem w = it.in.problem(nullptr);
+  Sizes last = shape;
+  last.erase(last.begin() + 1), last.push_back(shape[1]);
+  if (it.rows.numel() == 0) return in_place(torch::stable::new_zeros(rows, it.memory), channels_last);
+  Tensor grad = torch::stable::new_empty(rows, last);
+  with_storage(rows.scalar_type(), "rows", [&](auto zero) {
+    using S = decltype(zero);
+    with_taps(it.in.taps, it.in.dims, [&](auto taps, auto dims) {
+      constexpr int t = taps, d = dims, count = WarpTaps<t, d>::kCount;
+      Tensor keys = torch::stable::new_empty(rows, {w.count * count}, ScalarType::Long);
+      Tensor weights = torch::stable::new_empty(rows, {w.count * count}, ScalarType::Float);
+      Tensor dots = torch::stable::new_empty(rows, {normalize ? w.count : 0}, ScalarType::Float);
+      const auto up = it.upstream<S>();
+      launch("warp_records", &warp_records<S, t, d>, blocks_of(w.count * 32), kWarpThreads, 0, w, up, mutable_data<int64_t>(keys),
+             mutable_data<float>(weights), mutable_data<float>(dots));
+      const auto [ordered, order] = sorted(keys);
+      const int64_t pixels = shape[0] * it.in.pixels();
+      launch("warp_sum_records", &warp_sum_records<S>, blocks_of(pixels * 32), kWarpThreads, 0, pixels, w.channels, count, w.count * count,
+             data<int64_t>(ordered), data<int64_t>(order), data<float>(weights), data<float>(dots), up, static_cast<S*>(grad.data_ptr()));
+    });
+  });
+  grad = in_place(grad, true);
+  return channels_last ? grad : torch::stable::contiguous(grad);
+}
+
+}  // namespace
+
+PIX2REP_CUDA_FRAGMENT(m) {
+  m.def("warp_backward_ordered(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, SymInt[] size, Tensor? points, str mode, bool align_corners, "
+        "str padding_mode, bool normalize, SymInt[] shape, bool channels_last) -> Tensor grad_features");
+}
+
+PIX2REP_CUDA_LIBRARY(m) {
+  m.impl("warp", TORCH_BOX(&forward));
+  m.impl("warp_backward", TORCH_BOX(&backward));
+  m.impl("warp_backward_ordered", TORCH_BOX(&backward_ordered));
+}
+
+}  // namespace pix2rep
