@@ -8,7 +8,7 @@ import torch
 
 from pix2rep_kernels import warp
 from pix2rep_kernels.testing import backends, error
-from warp_helpers import DEVICE, FAST, MODES, both, compare, ours, problem
+from warp_helpers import DEVICE, FAST, GPU, MODES, both, compare, ours, problem
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid:UserWarning"),
@@ -32,7 +32,7 @@ def test_values_and_gradients(backend, mode, dims):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("backend", FAST)
 def test_precisions(backend, dtype):
-    if dtype == torch.float64 and backend == "triton":
+    if dtype == torch.float64 and backend in GPU:
         pytest.skip("float64 runs on the backends reference and cpu only")
     for layout, points, normalize, dims in itertools.product(("last", "first", "strided"), (None, 2), (True, False), (2, 3)):
         grid_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -40,7 +40,7 @@ def test_precisions(backend, dtype):
         compare(backend, features, grid, normalize=normalize, **options)
 
 
-@pytest.mark.parametrize("backend", [b for b in FAST if b != "triton"])
+@pytest.mark.parametrize("backend", [b for b in FAST if b not in GPU])
 def test_gradcheck(backend):
     for (mode, dims), normalize, layout in itertools.product(MODES, (True, False), ("last", "first")):
         features, grid, options = problem(dims, 3, layout=layout, points=9, dtype=torch.float64, grid_dtype=torch.float64, mode=mode)
@@ -89,7 +89,7 @@ def test_identity_grid_gathers(backend):
         assert inside.all()
 
 
-@pytest.mark.parametrize("backend", [b for b in FAST if b != "triton"])
+@pytest.mark.parametrize("backend", [b for b in FAST if b not in GPU])
 def test_linear_and_adjoint(backend):
     """W is linear, and its gradient is its transpose: <W f, g> = <f, W^T g>."""
     for (mode, dims), layout in itertools.product(MODES, ("last", "first")):
@@ -230,13 +230,13 @@ def test_one_channel_normalised_is_a_sign(backend):
 def test_points_out_of_range():
     features, grid, _ = problem(channels=4, space=(3, 4))
     for bad in (-1, 24):
-        for backend in [b for b in FAST if DEVICE[b] == "cpu"]:
+        for backend in [b for b in FAST if b not in GPU]:
             with pytest.raises((ValueError, RuntimeError), match=rf"`points` must be in \[0, 24\), got values from {min(bad, 2)} to {max(bad, 2)}"):
                 warp(features, grid, points=torch.tensor([2, bad]), backend=backend)
-        if "triton" in backends("warp"):
-            device = DEVICE["triton"]
+        for backend in [b for b in backends("warp") if b in GPU]:
+            device = DEVICE[backend]
             leaf = features.to(device).requires_grad_()
-            rows, inside = warp(leaf, torch.eye(2, 3, device=device).expand(2, -1, -1), points=torch.tensor([2, bad], device=device), backend="triton")
+            rows, inside = warp(leaf, torch.eye(2, 3, device=device).expand(2, -1, -1), points=torch.tensor([2, bad], device=device), backend=backend)
             assert rows[1].isnan().all() and not inside[1] and rows[0].isfinite().all() and inside[0]
             rows.sum().backward()
             assert leaf.grad.isfinite().all()

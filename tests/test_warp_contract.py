@@ -12,7 +12,7 @@ import torch
 
 from pix2rep_kernels import warp
 from pix2rep_kernels.testing import backends, error
-from warp_helpers import DEVICE, FAST, both, ours, problem
+from warp_helpers import DEVICE, FAST, GPU, both, ours, problem
 
 # Registration
 
@@ -143,14 +143,14 @@ torch.save(out, "{}")
             assert error([a], [b]) <= (1e-6 if i < 18 else 1e-3), (isa, i)
 
 
-@pytest.mark.skipif("triton" not in backends("warp"), reason="triton does not run here")
-def test_triton_sorts_where_determinism_is_asked_for():
+@pytest.mark.parametrize("backend", [b for b in backends("warp") if b in GPU])
+def test_gpu_kernels_sort_where_determinism_is_asked_for(backend):
     features, grid, options = problem(channels=5, points=12)
     options["points"][:] = 7
     upstream = torch.randn(12, 5)
     torch.use_deterministic_algorithms(True)
     try:
-        results = [both(ours("triton"), features, grid, upstream, **options)[1] for _ in range(2 if DEVICE["triton"] == "cpu" else 20)]
+        results = [both(ours(backend), features, grid, upstream, **options)[1] for _ in range(2 if DEVICE[backend] == "cpu" else 20)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(result, results[0]) for result in results)

@@ -10,6 +10,7 @@ from pix2rep_kernels.layout import memory_format
 from pix2rep_kernels.testing import backends, error, poisoned, tolerance
 
 FAST = [b for b in backends("warp") if b != "triton" or torch.cuda.is_available()]  # interpreted kernels have a table of their own
+GPU = ("triton", "cuda")  # no float64, and no check of values
 DEVICE = {b: "cuda" if b in ("triton", "cuda") and torch.cuda.is_available() else "cpu" for b in backends("warp")}
 SPACES = {2: ((5, 7), (4, 9)), 3: ((3, 4, 5), (2, 5, 3))}  # S, S_out
 MODES = (("linear", 2), ("nearest", 2), ("bicubic", 2), ("linear", 3), ("nearest", 3))
