@@ -49,8 +49,9 @@ struct Arguments : GridArguments {
 
   // The problem over a map whose strides are those of `map` [B, C, *S], or of pixels alone.
   WarpProblem problem(const Tensor* map) const {
-    WarpProblem w{grid.data_ptr(), grid.scalar_type() == ScalarType::Double, affine, align_corners, border, dims, 0, 0, 0,
+    WarpProblem w{grid.data_ptr(), grid.scalar_type() == ScalarType::Double, affine, align_corners, border, false, 0, 0, 0,
                   given ? data<int64_t>(*given) : nullptr, count, shape[0], shape[1], {1, 1, 1}, {1, 1, 1}, 0, 0, {0, 0, 0}};
+    w.narrow = shape[0] * per_image() < (int64_t(1) << 31);
     if (affine) w.grid_batch = grid.stride(0), w.grid_row = grid.stride(1), w.grid_column = grid.stride(2);
     int64_t pixels = 1;
     for (int axis = dims - 1; axis >= 0; --axis) {
@@ -205,7 +206,8 @@ Tensor backward_ordered(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid
              mutable_data<float>(weights), mutable_data<float>(dots));
       const auto [ordered, order] = sorted(keys);
       const int64_t pixels = shape[0] * it.in.pixels();
-      launch("warp_sum_records", &warp_sum_records<S>, blocks_of(pixels * 32), kWarpThreads, 0, pixels, w.channels, count, w.count * count,
+      launch("warp_sum_records", &warp_sum_records<S>, blocks_of(pixels * 32), kWarpThreads, 0, pixels, w.channels,
+             count == 1 ? 0 : count == 4 ? 2 : count == 8 ? 3 : 4, w.count * count,
              data<int64_t>(ordered), data<int64_t>(order), data<float>(weights), data<float>(dots), up, static_cast<S*>(grad.data_ptr()));
     });
   });

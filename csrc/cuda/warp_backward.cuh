@@ -12,26 +12,32 @@ struct WarpUpstream {
   const float* norms;  // [P], where rows were normalised; else nullptr
 };
 
-// (warp.5) of one value; `dot` is <row, drow>.
-template <class S>
-__device__ __forceinline__ float row_gradient(const WarpUpstream<S>& up, int64_t at, float dot, float norm, float drow) {
-  if (!up.norms) return drow;
-  if (norm < kWarpEpsilon) return drow / kWarpEpsilon;
-  return (drow - dot * float(up.rows[at])) / norm;
-}
+// (warp.5) of the values of one point: (drow - dot row) scale.
+struct RowScale {
+  float dot, scale;
+
+  __device__ __forceinline__ RowScale(float dot, float norm) : dot(norm < kWarpEpsilon ? 0.0f : dot), scale(1.0f / (norm < kWarpEpsilon ? kWarpEpsilon : norm)) {}
+  __device__ __forceinline__ RowScale() : dot(0.0f), scale(1.0f) {}
+
+  template <class S>
+  __device__ __forceinline__ float operator()(const WarpUpstream<S>& up, int64_t at, float drow) const {
+    return up.norms ? (drow - dot * float(up.rows[at])) * scale : drow;
+  }
+};
 
 // Channels last: `lanes` lanes a point. grad [B, *S, C] float32, zeroed before.
 template <class S, int kVector, int kTaps, int kDims>
 __global__ void __launch_bounds__(kWarpThreads) warp_scatter_rows(WarpProblem w, int lanes, WarpUpstream<S> up, float* grad) {
-  const int64_t thread = int64_t(blockIdx.x) * kWarpThreads + threadIdx.x;
-  const int64_t p = thread / lanes, first = thread % lanes * kVector, step = int64_t(lanes) * kVector, row = p * w.channels;
-  const WarpPoint point = locate<kTaps>(w, p);
-  float dot = 0.0f, norm = 1.0f;
+  const int64_t p = int64_t(blockIdx.x) * (kWarpThreads / lanes) + threadIdx.x / unsigned(lanes), first = int64_t(threadIdx.x % unsigned(lanes)) * kVector;
+  const int64_t step = int64_t(lanes) * kVector, row = p * w.channels;
+  const WarpPoint point = locate<kTaps, kDims>(w, p);
+  RowScale scale;
   if (up.norms) {
+    float dot = 0.0f;
     for (int64_t c = first; point.ok && c < w.channels; c += step)
       for (int i = 0; i < kVector; ++i) dot = fmaf(float(up.grad_rows[row + c + i]), float(up.rows[row + c + i]), dot);
     dot = sum_lanes(dot, lanes);
-    if (point.ok) norm = up.norms[p];
+    if (point.ok) scale = RowScale(dot, up.norms[p]);
   }
   if (!point.ok) return;
   float* image = grad + point.image * w.stride_batch;
@@ -39,7 +45,7 @@ __global__ void __launch_bounds__(kWarpThreads) warp_scatter_rows(WarpProblem w,
     float df[kVector];
     load<S, kVector>(up.grad_rows + row + c, df);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) df[i] = row_gradient(up, row + c + i, dot, norm, df[i]);
+    for (int i = 0; i < kVector; ++i) df[i] = scale(up, row + c + i, df[i]);
 #pragma unroll
     for (int k = 0; k < WarpTaps<kTaps, kDims>::kCount; ++k) {
       const WarpTap t = WarpTaps<kTaps, kDims>::at(w, point, k);
@@ -55,7 +61,7 @@ __global__ void __launch_bounds__(kWarpThreads) warp_scatter_rows(WarpProblem w,
 
 // Channels in planes: gradients of 32 rows transposed in shared memory, then a lane a point. grad [B, C, *S] float32, zeroed before.
 template <class S, int kTaps, int kDims>
-__global__ void __launch_bounds__(kWarpThreads) warp_scatter_planes(WarpProblem w, WarpUpstream<S> up, float* grad) {
+__global__ void __launch_bounds__(kWarpThreads, 3) warp_scatter_planes(WarpProblem w, WarpUpstream<S> up, float* grad) {
   constexpr int count = WarpTaps<kTaps, kDims>::kCount, warps = kWarpThreads / 32;
   const PlaneShared shared(count);
   const int64_t begin = share_taps<kTaps, kDims>(w, shared, nullptr);
@@ -75,8 +81,8 @@ __global__ void __launch_bounds__(kWarpThreads) warp_scatter_planes(WarpProblem 
       const int k = at % kPlaneChannels, i = at / kPlaneChannels;
       if (first + k >= w.channels || begin + i >= w.count) continue;
       const int64_t from = (begin + i) * w.channels + first + k;
-      const float dot = up.norms ? shared.partial[i] : 0.0f, norm = up.norms ? up.norms[begin + i] : 1.0f;
-      shared.tile[k * kPlanePitch + i] = row_gradient(up, from, dot, norm, float(up.grad_rows[from]));
+      const RowScale scale = up.norms ? RowScale(shared.partial[i], up.norms[begin + i]) : RowScale();
+      shared.tile[k * kPlanePitch + i] = scale(up, from, float(up.grad_rows[from]));
     }
     __syncthreads();
     for (int k = warp; k < kPlaneChannels; k += warps) {
@@ -106,7 +112,7 @@ __global__ void __launch_bounds__(kWarpThreads) warp_records(WarpProblem w, Warp
     if (lane == 0) dots[p] = dot;
   }
   const int64_t pixels = w.extent[0] * w.extent[1] * w.extent[2];
-  const WarpPoint point = locate<kTaps>(w, p);
+  const WarpPoint point = locate<kTaps, kDims>(w, p);
   for (int k = lane; k < count; k += 32) {
     const WarpTap t = WarpTaps<kTaps, kDims>::at(w, point, k);
     const bool counts = point.ok && t.weight != 0.0f;
@@ -115,9 +121,9 @@ __global__ void __launch_bounds__(kWarpThreads) warp_records(WarpProblem w, Warp
   }
 }
 
-// (warp.6) of one pixel, by one warp: its records in sorted order. grad [B, *S, C].
+// (warp.6) of one pixel, by one warp: its records in sorted order, 2^shift a point. grad [B, *S, C].
 template <class S>
-__global__ void __launch_bounds__(kWarpThreads) warp_sum_records(int64_t pixels, int64_t channels, int taps, int64_t records, const int64_t* keys,
+__global__ void __launch_bounds__(kWarpThreads) warp_sum_records(int64_t pixels, int64_t channels, int shift, int64_t records, const int64_t* keys,
                                                                  const int64_t* order, const float* weights, const float* dots, WarpUpstream<S> up, S* grad) {
   const int64_t pixel = (int64_t(blockIdx.x) * kWarpThreads + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
@@ -130,9 +136,9 @@ __global__ void __launch_bounds__(kWarpThreads) warp_sum_records(int64_t pixels,
   for (int64_t c = lane; c < channels; c += 32) {
     float total = 0.0f;
     for (int64_t r = low; r < records && keys[r] == pixel; ++r) {
-      const int64_t record = order[r], p = record / taps;
-      const float dot = up.norms ? dots[p] : 0.0f, norm = up.norms ? up.norms[p] : 1.0f;
-      total = fmaf(weights[record], row_gradient(up, p * channels + c, dot, norm, float(up.grad_rows[p * channels + c])), total);
+      const int64_t record = order[r], p = record >> shift;
+      const RowScale scale = up.norms ? RowScale(dots[p], up.norms[p]) : RowScale();
+      total = fmaf(weights[record], scale(up, p * channels + c, float(up.grad_rows[p * channels + c])), total);
     }
     grad[pixel * channels + c] = S(total);
   }

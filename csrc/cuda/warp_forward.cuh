@@ -32,9 +32,9 @@ __device__ __forceinline__ void gather_channels(const WarpProblem& w, const Warp
 // Channels last: `lanes` lanes a point, each kVector neighbouring channels at a time.
 template <class S, int kVector, int kTaps, int kDims>
 __global__ void __launch_bounds__(kWarpThreads) warp_rows(WarpProblem w, int lanes, const S* features, S* rows, bool* inside, float* norms) {
-  const int64_t thread = int64_t(blockIdx.x) * kWarpThreads + threadIdx.x;
-  const int64_t p = thread / lanes, first = thread % lanes * kVector, step = int64_t(lanes) * kVector;
-  const WarpPoint point = locate<kTaps>(w, p);
+  const int64_t p = int64_t(blockIdx.x) * (kWarpThreads / lanes) + threadIdx.x / unsigned(lanes), first = int64_t(threadIdx.x % unsigned(lanes)) * kVector;
+  const int64_t step = int64_t(lanes) * kVector;
+  const WarpPoint point = locate<kTaps, kDims>(w, p);
   const bool present = p < w.count;
   if (present && first == 0) inside[p] = point.inside;
   const S* image = features + point.image * w.stride_batch;
@@ -103,7 +103,7 @@ __device__ __forceinline__ int64_t share_taps(const WarpProblem& w, const PlaneS
   const int64_t begin = int64_t(blockIdx.x) * kPlanePoints;
   if (threadIdx.x < kPlanePoints) {
     const int64_t p = begin + threadIdx.x;
-    const WarpPoint point = locate<kTaps>(w, p);
+    const WarpPoint point = locate<kTaps, kDims>(w, p);
     if (inside && p < w.count) inside[p] = point.inside;
     for (int k = 0; k < count; ++k) {
       const WarpTap t = WarpTaps<kTaps, kDims>::at(w, point, k);
@@ -117,7 +117,7 @@ __device__ __forceinline__ int64_t share_taps(const WarpProblem& w, const PlaneS
 
 // Channels in planes, or in any strides: a lane a point, a warp a channel.
 template <class S, int kTaps, int kDims>
-__global__ void __launch_bounds__(kWarpThreads) warp_planes(WarpProblem w, const S* features, S* rows, bool* inside, float* norms) {
+__global__ void __launch_bounds__(kWarpThreads, 3) warp_planes(WarpProblem w, const S* features, S* rows, bool* inside, float* norms) {
   constexpr int count = WarpTaps<kTaps, kDims>::kCount, warps = kWarpThreads / 32;
   const PlaneShared shared(count);
   const int64_t begin = share_taps<kTaps, kDims>(w, shared, inside);

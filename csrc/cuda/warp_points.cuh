@@ -11,7 +11,7 @@ struct WarpProblem {
   const void* grid;  // affine [B, dims, dims + 1] in any strides, or dense [B, *size, dims]
   bool wide_grid;    // float64; coordinates are float32
   bool affine, align_corners, border;
-  int dims;
+  bool narrow;  // 32 bits hold every point: their divisions are several times cheaper
   int64_t grid_batch, grid_row, grid_column;  // strides of an affine grid
   const int64_t* points;                      // nullptr: every point in order
   int64_t count, batch, channels;
@@ -40,10 +40,11 @@ __device__ __forceinline__ float output_coordinate(int64_t i, int64_t extent, bo
   return __fdiv_rn(float(2 * i - last), float(align_corners ? (last > 1 ? last : 1) : extent));
 }
 
+template <int kDims>
 __device__ __forceinline__ float affine_row(const WarpProblem& w, int64_t at, float x, float y, float z) {
   float g = __fadd_rn(__fmul_rn(load_grid(w, at), x), __fmul_rn(load_grid(w, at + w.grid_column), y));
-  if (w.dims == 3) g = __fadd_rn(g, __fmul_rn(load_grid(w, at + 2 * w.grid_column), z));
-  return __fadd_rn(g, load_grid(w, at + w.dims * w.grid_column));
+  if (kDims == 3) g = __fadd_rn(g, __fmul_rn(load_grid(w, at + 2 * w.grid_column), z));
+  return __fadd_rn(g, load_grid(w, at + kDims * w.grid_column));
 }
 
 // (warp.2), moved into the map when padding is "border"; bicubic moves its taps instead.
@@ -54,30 +55,35 @@ __device__ __forceinline__ float position(const WarpProblem& w, float g, int64_t
   return x;
 }
 
-template <int kTaps>
+// a / b of a >= 0, b > 0
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b, bool narrow) { return narrow ? int64_t(uint32_t(a) / uint32_t(b)) : a / b; }
+
+template <int kTaps, int kDims>
 __device__ __forceinline__ WarpPoint locate(const WarpProblem& w, int64_t p) {
   const int64_t total = w.size[0] * w.size[1] * w.size[2];
   int64_t point = p < w.count ? (w.points ? w.points[p] : p) : -1;
   WarpPoint out;
   out.ok = point >= 0 && point < w.batch * total;
   point = out.ok ? point : 0;
-  out.image = total > 0 ? point / total : 0;
+  out.image = total > 0 ? quotient(point, total, w.narrow) : 0;
   float g[3] = {0.0f, 0.0f, 0.0f};
   if (out.ok && w.affine) {
-    const int64_t rest = point - out.image * total, line = rest / w.size[2], plane = line / w.size[1];
+    const int64_t rest = point - out.image * total, line = quotient(rest, w.size[2], w.narrow), plane = quotient(line, w.size[1], w.narrow);
     const float x = output_coordinate(rest - line * w.size[2], w.size[2], w.align_corners);
     const float y = output_coordinate(line - plane * w.size[1], w.size[1], w.align_corners);
     const float z = output_coordinate(plane, w.size[0], w.align_corners);
-    for (int axis = 0; axis < w.dims; ++axis) g[axis] = affine_row(w, out.image * w.grid_batch + axis * w.grid_row, x, y, z);
+#pragma unroll
+    for (int axis = 0; axis < kDims; ++axis) g[axis] = affine_row<kDims>(w, out.image * w.grid_batch + axis * w.grid_row, x, y, z);
   } else if (out.ok) {
-    for (int axis = 0; axis < w.dims; ++axis) g[axis] = load_grid(w, point * w.dims + axis);
+#pragma unroll
+    for (int axis = 0; axis < kDims; ++axis) g[axis] = load_grid(w, point * kDims + axis);
   }
   out.inside = out.ok && fabsf(g[0]) <= 1.0f && fabsf(g[1]) <= 1.0f && fabsf(g[2]) <= 1.0f;
   out.bad = !out.ok || g[0] != g[0] || g[1] != g[1] || g[2] != g[2];
   const bool clamped = w.border && kTaps != 4;
   out.x = position(w, g[0], w.extent[2], clamped);
   out.y = position(w, g[1], w.extent[1], clamped);
-  out.z = w.dims == 3 ? position(w, g[2], w.extent[0], clamped) : 0.0f;
+  out.z = kDims == 3 ? position(w, g[2], w.extent[0], clamped) : 0.0f;
   return out;
 }
 
