@@ -1,10 +1,10 @@
 // pix2rep_native::warp and warp_backward on CUDA: arguments, layouts, which kernel. `warp_backward_ordered` is the backward that sorts.
 #include <algorithm>
-#include <array>
 #include <tuple>
 
 #include "../common/grid_arguments.h"
 #include "launch.h"
+#include "sort.h"
 #include "warp_backward.cuh"
 #include "warp_forward.cuh"
 
@@ -177,14 +177,6 @@ Tensor backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes 
   return in_place(grad, channels_last);
 }
 
-// torch.sort(keys, stable=True)
-std::tuple<Tensor, Tensor> sorted(const Tensor& keys) {
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
-                                    torch::stable::detail::from(int64_t(0)), torch::stable::detail::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
 Tensor backward_ordered(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes size, Optional points, std::string mode, bool align_corners,
                         std::string padding_mode, bool normalize, Sizes shape, bool channels_last) {
   const Backward it(grad_rows, rows, norms, grid, size, points, mode, align_corners, padding_mode, normalize, shape, channels_last);
@@ -204,7 +196,7 @@ Tensor backward_ordered(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid
       const auto up = it.upstream<S>();
       launch("warp_records", &warp_records<S, t, d>, blocks_of(w.count * 32), kWarpThreads, 0, w, up, mutable_data<int64_t>(keys),
              mutable_data<float>(weights), mutable_data<float>(dots));
-      const auto [ordered, order] = sorted(keys);
+      const auto [ordered, order] = sort_stable(keys);
       const int64_t pixels = shape[0] * it.in.pixels();
       launch("warp_sum_records", &warp_sum_records<S>, blocks_of(pixels * 32), kWarpThreads, 0, pixels, w.channels,
              count == 1 ? 0 : count == 4 ? 2 : count == 8 ? 3 : 4, w.count * count,
