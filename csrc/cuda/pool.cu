@@ -87,7 +87,8 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regio
     using L = decltype(zero);
     launch("pool_keys", &pool_keys<L>, blocks_of(total), kPoolThreads, 0, p, data<L>(labels), mutable_data<int64_t>(keys));
   });
-  const auto [sorted, order] = sort_stable(keys);
+  Tensor sorted = keys, order = keys;
+  std::tie(sorted, order) = sort_stable(keys);
   Tensor starts = torch::stable::new_empty(features, {p.batch * (regions + 1) + 1}, ScalarType::Long);
   Tensor slots = torch::stable::new_empty(features, {chunks, 2, p.channels}, ScalarType::Float);
   launch("pool_starts", &pool_starts, blocks_of(starts.numel()), kPoolThreads, 0, p, data<int64_t>(sorted), mutable_data<int64_t>(starts),

@@ -50,15 +50,9 @@ struct PoolRun {
       : whole(starts[key] >= begin && starts[key + 1] <= end), first(starts[key] <= begin) {}
 };
 
-template <class S>
-__device__ __forceinline__ int64_t pixel_offset(const PoolProblem& p, int64_t at) {
-  const int64_t image = at / p.pixels;
-  return image * p.stride_batch + (at - image * p.pixels) * p.stride_pixel;
-}
-
 // Channels last: a warp a chunk and a block of 32 kVector channels, lanes along channels. means [B, R, C]; slots [chunks, 2, C].
 template <class S, int kVector>
-__global__ void __launch_bounds__(kPoolThreads) pool_rows(PoolProblem p, int64_t channel_blocks, const S* features, const int64_t* keys, const int64_t* order,
+__global__ void __launch_bounds__(kPoolThreads, 3) pool_rows(PoolProblem p, int64_t channel_blocks, const S* features, const int64_t* keys, const int64_t* order,
                                                           const int64_t* starts, float* means, float* slots) {
   const int64_t total = p.batch * p.pixels, task = (int64_t(blockIdx.x) * kPoolThreads + threadIdx.x) / 32;
   const int64_t chunk = task / channel_blocks, begin = chunk * kPoolChunk, end = begin + kPoolChunk < total ? begin + kPoolChunk : total;
@@ -70,10 +64,11 @@ __global__ void __launch_bounds__(kPoolThreads) pool_rows(PoolProblem p, int64_t
       at = stop;
       continue;
     }
+    const S* first = features + image * (p.stride_batch - p.pixels * p.stride_pixel) + c;  // of a sorted pixel counted over the batch
     float sum[kVector] = {};
     for (; at < stop; ++at) {
       float value[kVector];
-      load<S, kVector>(features + pixel_offset<S>(p, order[at]) + c, value);
+      load<S, kVector>(first + order[at] * p.stride_pixel, value);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) sum[i] += value[i];
     }
@@ -87,7 +82,7 @@ __global__ void __launch_bounds__(kPoolThreads) pool_rows(PoolProblem p, int64_t
 
 // Channels in planes: a warp a chunk and a channel, lanes along sorted pixels, which are neighbours in a compact region.
 template <class S>
-__global__ void __launch_bounds__(kPoolThreads) pool_planes(PoolProblem p, const S* features, const int64_t* keys, const int64_t* order,
+__global__ void __launch_bounds__(kPoolThreads, 3) pool_planes(PoolProblem p, const S* features, const int64_t* keys, const int64_t* order,
                                                             const int64_t* starts, float* means, float* slots) {
   const int64_t total = p.batch * p.pixels, task = (int64_t(blockIdx.x) * kPoolThreads + threadIdx.x) / 32;
   const int64_t chunk = task / p.channels, c = task - chunk * p.channels, begin = chunk * kPoolChunk;
@@ -100,8 +95,9 @@ __global__ void __launch_bounds__(kPoolThreads) pool_planes(PoolProblem p, const
       at = stop;
       continue;
     }
+    const S* first = features + image * (p.stride_batch - p.pixels * p.stride_pixel) + c * p.stride_channel;
     float sum = 0.0f;
-    for (int64_t i = at + lane; i < stop; i += 32) sum += float(features[pixel_offset<S>(p, order[i]) + c * p.stride_channel]);
+    for (int64_t i = at + lane; i < stop; i += 32) sum += float(first[order[i] * p.stride_pixel]);
     sum = sum_lanes(sum, 32);
     at = stop;
     const PoolRun run(starts, key, begin, end);
