@@ -95,6 +95,19 @@ def test_bad_input(change, kind, message):
         warp(**{"features": torch.zeros(2, 3, 4, 4), "grid": torch.zeros(2, 2, 3), **change})
 
 
+@pytest.mark.skipif("cpu" not in FAST, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("dims, size", [(2, (-1, 4)), (2, (4, -3)), (2, (2**24 + 1, 1)), (2, (2**62, 2**62)), (3, (2**24, 2**24, 2**14)), (2, (4,))])
+def test_native_op_checks_size_itself(dims, size):
+    features, grid = torch.zeros(2, 3, *[4] * dims), torch.zeros(2, dims, dims + 1)
+    for points in (None, torch.zeros(1, dtype=torch.int64)):
+        where = (grid, size, points, "linear", True, "zeros", False)
+        with pytest.raises(RuntimeError, match="`size` must have"):
+            torch.ops.pix2rep_native.warp(features, *where)
+        with pytest.raises(RuntimeError, match="`size` must have"):
+            rows = torch.zeros(1, 3)
+            torch.ops.pix2rep_native.warp_backward(rows, rows, torch.zeros(0), *where, list(features.shape), False)
+
+
 # Determinism
 
 
