@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from benchmarks.harness import commit
 from benchmarks.jit_calls import compiling
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -88,16 +89,7 @@ def call_rows(op: str, name: str, chip: int) -> list[dict]:
 
 def facts() -> dict:
     """Versions and the commit that the numbers belong to."""
-
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
     ptxas = subprocess.run([TOOLS / "ptxas", "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release [^\n]*", ptxas)
-    return {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "ptxas": release[0] if release else "",
-        "commit": git("rev-parse", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "--", "../pix2rep_kernels/triton", ".")),
-    }
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "ptxas": release[0] if release else ""}
+    return versions | commit("pix2rep_kernels/triton", "benchmarks/*.py")

@@ -6,7 +6,6 @@ JIT would; for infonce follows what a pair costs (`benchmarks/static_pairs.py`).
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -20,6 +19,7 @@ import torch
 
 from benchmarks import static_pairs
 from benchmarks.compiled import call_rows, calls_of, facts
+from benchmarks.harness import write_json
 from pix2rep_kernels.dispatch import OPS
 
 HERE = Path(__file__).parent
@@ -52,16 +52,6 @@ def run(job: tuple):
     return job[0](*job[1:])
 
 
-def write(path: Path, content: dict) -> None:
-    """One row a line, so that a difference shows the kernel."""
-    rows = {key: "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" for key, value in content.items() if isinstance(value, list)}
-    text = ",\n".join(f" {json.dumps(key)}: {rows.get(key) or json.dumps(value)}" for key, value in content.items())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("{\n" + text + "\n}\n")
-    os.replace(temporary, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.partition("\n")[0])
     parser.add_argument("ops", nargs="*", help="every op that has a calls file, when none is named")
@@ -86,7 +76,7 @@ def main() -> None:
                     calls += rows
                     print("\n".join(map(show, rows)), flush=True)
             of_pairs = {"limit_clocks_a_pair": static_pairs.CLOCKS, "rows": pairs} if pairs else {}
-            write(arguments.out / f"{op}.json", {**facts(), **of_pairs, "calls": calls})
+            write_json(arguments.out / f"{op}.json", {**facts(), **of_pairs, "calls": calls})
 
 
 if __name__ == "__main__":
