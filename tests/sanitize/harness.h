@@ -108,6 +108,47 @@ inline float from_f16(uint16_t x) {
   return x & 0x8000 ? -size : size;
 }
 
+enum class Float { f16, bf16, f32, f64 };
+inline int64_t bytes_of_float(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
+inline double epsilon_of(Float type) {
+  return type == Float::f16 ? 1.0 / 1024 : type == Float::bf16 ? 1.0 / 128 : double(type == Float::f32 ? std::numeric_limits<float>::epsilon() : std::numeric_limits<double>::epsilon());
+}
+
+// `count` values of a storage type that is known at run time.
+class Values {
+ public:
+  Values(Float type, int64_t count) : type(type), count(count), bytes(count * bytes_of_float(type)) {}
+  double operator[](int64_t i) const {
+    const char* at = bytes.get() + i * bytes_of_float(type);
+    if (type == Float::f64) return read<double>(at);
+    if (type == Float::f32) return double(read<float>(at));
+    return double(type == Float::f16 ? from_f16(read<uint16_t>(at)) : from_bf16(read<uint16_t>(at)));
+  }
+  void set(int64_t i, double x) {
+    char* at = bytes.get() + i * bytes_of_float(type);
+    if (type == Float::f64) return write(at, x);
+    if (type == Float::f32) return write(at, float(x));
+    write(at, std::isnan(x) ? uint16_t(0x7fff) : type == Float::f16 ? to_f16(float(x)) : to_bf16(float(x)));
+  }
+  char* data() const { return bytes.get(); }
+
+  const Float type;
+  const int64_t count;
+
+ private:
+  template <class T>
+  static T read(const char* at) {
+    T x;
+    std::memcpy(&x, at, sizeof(T));
+    return x;
+  }
+  template <class T>
+  static void write(char* at, T x) {
+    std::memcpy(at, &x, sizeof(T));
+  }
+  Exact<char> bytes;
+};
+
 struct Case {
   const char* op;
   void (*run)();
@@ -145,11 +186,21 @@ template <class T, class W>
 void close(const std::string& what, const Exact<T>& got, const std::vector<W>& want, double bound) {
   close(what, got.size(), [&](int64_t i) { return got[i]; }, [&](int64_t i) { return want[size_t(i)]; }, bound);
 }
+inline void close(const std::string& what, const Values& got, const std::vector<double>& want, double bound) {
+  close(what, got.count, [&](int64_t i) { return got[i]; }, [&](int64_t i) { return want[size_t(i)]; }, bound);
+}
 // The same bits.
 template <class T>
 void equal(const std::string& what, const Exact<T>& got, const Exact<T>& want) {
   ++comparisons();
   if (got.size() == want.size() && std::memcmp(got.get(), want.get(), size_t(got.size()) * sizeof(T)) == 0) return;
+  std::fprintf(stderr, "%s: not the same bits\n", what.c_str());
+  ++failures();
+}
+
+inline void equal(const std::string& what, const Values& got, const Values& want) {
+  ++comparisons();
+  if (got.count == want.count && std::memcmp(got.data(), want.data(), size_t(got.count * bytes_of_float(got.type))) == 0) return;
   std::fprintf(stderr, "%s: not the same bits\n", what.c_str());
   ++failures();
 }
