@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 DEMO := runs/demo
 TORCH36 ?= $$(grep '^torch==' requirements.txt)
 
-.PHONY: build test test-full sanitize static test-triton36 demo bench lint clean
+.PHONY: gpu build test test-full sanitize static test-triton36 demo bench lint clean
 
 build: .venv/.built
 
@@ -57,6 +57,11 @@ demo: build
 
 bench: build
 	$(BIN)/python -m pytest benchmarks/bench_*.py
+
+# Where a GPU is, with the environment's own torch and triton; what is built already is used.
+gpu:
+	test -e pix2rep_kernels/_C_cuda.abi3.so || $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
