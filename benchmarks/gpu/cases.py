@@ -127,7 +127,7 @@ def warp_cases(small: bool) -> list[Case]:
         found.append(Case(
             "warp", f"{batch}x{channels}x{edge}^2 P={points or 'all'} {'last' if last else 'first'}", torch.bfloat16, make, ours, {"eager": plain},
             lambda c, whole=whole, rows=rows: (min(whole, 4 * rows) + rows + rows + rows + whole) / c["copy_bytes"],
-            lambda device, make=make, edge=min(edge, 32): make(device, batch=1, edge=edge, points=None), eager_bytes=6.0 * whole,
+            lambda device, make=make: make(device, batch=1, edge=8 if small else 32, points=None), eager_bytes=6.0 * whole,
             target="2x floor, 4x eager" if last else "", fields={"points": points, "layout": "last" if last else "first"},
         ))  # fmt: skip
     return found
