@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regio
   Tensor sorted = keys, order = keys;
   std::tie(sorted, order) = sort_stable(keys);
   Tensor starts = torch::stable::new_empty(features, {p.batch * (regions + 1) + 1}, ScalarType::Long);
-  Tensor slots = torch::stable::new_empty(features, {chunks, 2, p.channels}, ScalarType::Float);
+  Tensor slots = torch::stable::new_empty(features, {chunks, 2, p.channels}, ScalarType::Double);
   launch("pool_starts", &pool_starts, blocks_of(starts.numel()), kPoolThreads, 0, p, data<int64_t>(sorted), mutable_data<int64_t>(starts),
          mutable_data<int64_t>(counts));
   with_storage(features.scalar_type(), "features", [&](auto zero) {
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regio
     const auto rows = [&](auto kernel, int vector) {
       const int64_t blocks = (p.channels + 32 * vector - 1) / (32 * vector);
       launch("pool_rows", kernel, blocks_of(chunks * blocks * 32), kPoolThreads, 0, p, blocks, from, data<int64_t>(sorted), data<int64_t>(order),
-             data<int64_t>(starts), mutable_data<float>(means), mutable_data<float>(slots));
+             data<int64_t>(starts), mutable_data<float>(means), mutable_data<double>(slots));
     };
     if (last && aligned)
       rows(&pool_rows<S, wide>, wide);
@@ -110,9 +110,9 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regio
       rows(&pool_rows<S, 1>, 1);
     else
       launch("pool_planes", &pool_planes<S>, blocks_of(chunks * p.channels * 32), kPoolThreads, 0, p, from, data<int64_t>(sorted), data<int64_t>(order),
-             data<int64_t>(starts), mutable_data<float>(means), mutable_data<float>(slots));
+             data<int64_t>(starts), mutable_data<float>(means), mutable_data<double>(slots));
   });
-  launch("pool_finish", &pool_finish, blocks_of(means.numel()), kPoolThreads, 0, p, data<int64_t>(starts), data<float>(slots), mutable_data<float>(means));
+  launch("pool_finish", &pool_finish, blocks_of(means.numel()), kPoolThreads, 0, p, data<int64_t>(starts), data<double>(slots), mutable_data<float>(means));
   return {means, counts};
 }
 

@@ -1,6 +1,6 @@
 // Region means (pool.1-3) by sorted segments, without atomics: pixels come sorted by (image, region), stable, and are summed in that order in chunks of
 // kPoolChunk. A segment inside one chunk is finished there; pieces of longer ones go to the chunk's two slots (its first and its last segment) and are
-// added chunk after chunk.
+// added chunk after chunk. Sums are float64: a mean is one rounding away from the exact one.
 #pragma once
 
 #include "vector.cuh"
@@ -53,7 +53,7 @@ struct PoolRun {
 // Channels last: a warp a chunk and a block of 32 kVector channels, lanes along channels. means [B, R, C]; slots [chunks, 2, C].
 template <class S, int kVector>
 __global__ void __launch_bounds__(kPoolThreads, 3) pool_rows(PoolProblem p, int64_t channel_blocks, const S* features, const int64_t* keys, const int64_t* order,
-                                                          const int64_t* starts, float* means, float* slots) {
+                                                          const int64_t* starts, float* means, double* slots) {
   const int64_t total = p.batch * p.pixels, task = (int64_t(blockIdx.x) * kPoolThreads + threadIdx.x) / 32;
   const int64_t chunk = task / channel_blocks, begin = chunk * kPoolChunk, end = begin + kPoolChunk < total ? begin + kPoolChunk : total;
   const int64_t c = (task % channel_blocks * 32 + threadIdx.x % 32) * kVector;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kPoolThreads, 3) pool_rows(PoolProblem p, int6
       continue;
     }
     const S* first = features + image * (p.stride_batch - p.pixels * p.stride_pixel) + c;  // of a sorted pixel counted over the batch
-    float sum[kVector] = {};
+    double sum[kVector] = {};
     for (; at < stop; ++at) {
       float value[kVector];
       load<S, kVector>(first + order[at] * p.stride_pixel, value);
@@ -73,17 +73,21 @@ __global__ void __launch_bounds__(kPoolThreads, 3) pool_rows(PoolProblem p, int6
       for (int i = 0; i < kVector; ++i) sum[i] += value[i];
     }
     const PoolRun run(starts, key, begin, end);
-    float* to = run.whole ? means + (image * p.regions + region) * p.channels + c : slots + (chunk * 2 + !run.first) * p.channels + c;
-    const float count = float(starts[key + 1] - starts[key]);
+    const double count = double(starts[key + 1] - starts[key]);
+    float* mean = means + (image * p.regions + region) * p.channels + c;
+    double* slot = slots + (chunk * 2 + !run.first) * p.channels + c;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) to[i] = run.whole ? __fdiv_rn(sum[i], count) : sum[i];
+    for (int i = 0; i < kVector; ++i) {
+      if (run.whole) mean[i] = float(sum[i] / count);
+      else slot[i] = sum[i];
+    }
   }
 }
 
 // Channels in planes: a warp a chunk and a channel, lanes along sorted pixels, which are neighbours in a compact region.
 template <class S>
 __global__ void __launch_bounds__(kPoolThreads, 3) pool_planes(PoolProblem p, const S* features, const int64_t* keys, const int64_t* order,
-                                                            const int64_t* starts, float* means, float* slots) {
+                                                            const int64_t* starts, float* means, double* slots) {
   const int64_t total = p.batch * p.pixels, task = (int64_t(blockIdx.x) * kPoolThreads + threadIdx.x) / 32;
   const int64_t chunk = task / p.channels, c = task - chunk * p.channels, begin = chunk * kPoolChunk;
   const int64_t end = begin + kPoolChunk < total ? begin + kPoolChunk : total;
@@ -96,21 +100,21 @@ __global__ void __launch_bounds__(kPoolThreads, 3) pool_planes(PoolProblem p, co
       continue;
     }
     const S* first = features + image * (p.stride_batch - p.pixels * p.stride_pixel) + c * p.stride_channel;
-    float sum = 0.0f;
-    for (int64_t i = at + lane; i < stop; i += 32) sum += float(first[order[i] * p.stride_pixel]);
+    double sum = 0;
+    for (int64_t i = at + lane; i < stop; i += 32) sum += double(float(first[order[i] * p.stride_pixel]));
     sum = sum_lanes(sum, 32);
     at = stop;
     const PoolRun run(starts, key, begin, end);
     if (lane != 0) continue;
     if (run.whole)
-      means[(image * p.regions + region) * p.channels + c] = __fdiv_rn(sum, float(starts[key + 1] - starts[key]));
+      means[(image * p.regions + region) * p.channels + c] = float(sum / double(starts[key + 1] - starts[key]));
     else
       slots[(chunk * 2 + !run.first) * p.channels + c] = sum;
   }
 }
 
 // Segments that cross chunks, from their slots in order, in eight interleaved sums; 0 for empty regions.
-__global__ void __launch_bounds__(kPoolThreads) pool_finish(PoolProblem p, const int64_t* starts, const float* slots, float* means) {
+__global__ void __launch_bounds__(kPoolThreads) pool_finish(PoolProblem p, const int64_t* starts, const double* slots, float* means) {
   const int64_t at = int64_t(blockIdx.x) * kPoolThreads + threadIdx.x;
   if (at >= p.batch * p.regions * p.channels) return;
   const int64_t row = at / p.channels, c = at - row * p.channels, image = row / p.regions, key = row + image;
@@ -121,14 +125,14 @@ __global__ void __launch_bounds__(kPoolThreads) pool_finish(PoolProblem p, const
   }
   const int64_t first = begin / kPoolChunk, last = (end - 1) / kPoolChunk;
   if (first == last) return;
-  float sum[8] = {};
+  double sum[8] = {};
   for (int64_t chunk = first; chunk <= last; ++chunk) {
     const bool leads = begin <= chunk * kPoolChunk;  // the segment is the first of that chunk
-    const float value = slots[(chunk * 2 + !leads) * p.channels + c];
+    const double value = slots[(chunk * 2 + !leads) * p.channels + c];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) sum[k] += (chunk & 7) == k ? value : 0.0f;
+    for (int k = 0; k < 8; ++k) sum[k] += (chunk & 7) == k ? value : 0.0;
   }
-  means[at] = __fdiv_rn(((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])), float(end - begin));
+  means[at] = float((((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]))) / double(end - begin));
 }
 
 // Gradient a pixel (pool.3), from a table [B, R, C] of what each region's pixels get, in the dtype of the result.

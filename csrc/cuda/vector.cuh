@@ -26,7 +26,8 @@ __device__ __forceinline__ void store(S* to, const float (&from)[kCount]) {
 }
 
 // Sum over groups of `lanes` neighbouring lanes, a power of two; every lane of the warp must call.
-__device__ __forceinline__ float sum_lanes(float value, int lanes) {
+template <class T>
+__device__ __forceinline__ T sum_lanes(T value, int lanes) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) value += device::shuffle_xor(value, mask);
   return value;
 }
