@@ -12,8 +12,6 @@ from pix2rep_kernels.ops.lncc import lncc
 
 EPS_MODES = ("add", "clamp")
 BOUNDARY_ON = ("both", "first", "second")
-TINY = 1e-16  # inside the logarithm of the entropy
-RANGE_EPS = 1e-6  # added to max - min
 Logits = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 
@@ -210,11 +208,11 @@ def unit_range(x: Tensor, mask: Tensor | None = None) -> Tensor:
     given = x.detach()
     if mask is None:
         low, high = given.amin(axes, keepdim=True), given.amax(axes, keepdim=True)
-        return (x - low) / (high - low + RANGE_EPS)
+        return (x - low) / (high - low + 1e-6)
     counts = mask.unsqueeze(1)
     low = torch.where(counts, given, torch.inf).amin(axes, keepdim=True)
     high = torch.where(counts, given, -torch.inf).amax(axes, keepdim=True)
-    return torch.where(counts, (x - low) / (high - low + RANGE_EPS), 0)
+    return torch.where(counts, (x - low) / (high - low + 1e-6), 0)
 
 
 class Entropy(torch.autograd.Function):
@@ -226,7 +224,7 @@ class Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, mask):
         c = logits.to(compute_dtype(logits)).softmax(1)
-        entropy = (c + TINY).log_().mul_(c).sum(1, keepdim=True).neg_()
+        entropy = (c + 1e-16).log_().mul_(c).sum(1, keepdim=True).neg_()
         if mask is not None:
             entropy = torch.where(mask.unsqueeze(1), entropy, 0)
         ctx.save_for_backward(logits, mask, entropy)
@@ -236,7 +234,7 @@ class Entropy(torch.autograd.Function):
     def backward(ctx, grad):
         logits, mask, entropy = ctx.saved_tensors
         c = logits.to(entropy.dtype).softmax(1)
-        gradient = (c + TINY).log_().add_(entropy).mul_(c).mul_(-grad)
+        gradient = (c + 1e-16).log_().add_(entropy).mul_(c).mul_(-grad)
         if mask is not None:
             gradient = torch.where(mask.unsqueeze(1), gradient, 0)
         return gradient.to(logits.dtype), None
