@@ -26,7 +26,7 @@ class BoundaryInfoMaxLoss(nn.Module):
         CC   = -mean_p lncc(I, J)_p, the mean over both maps
         loss = mean over the heads of information_weight RR + boundary_weight CC
 
-    alpha = 0, lamda = 1 is minus the mutual information (IIC), up to eps. A window whose correlation with the edges is not positive gives CC no gradient.
+    alpha = 0, lamda = 1 is minus the mutual information (IIC), up to eps. A window not positively correlated with the edges gives CC next to no gradient.
 
     Official code: every default but alpha, lamda and boundary_weight, which its scripts vary (0.5, 1, 1 in the only one with single values); 40 clusters in
     3 linear heads; power 0.75 for ACDC and MMWHS, 0.5 for prostate and spleen. Inferred: 3D, `mask`, and how the image is resized (half-pixel centres).

@@ -94,16 +94,13 @@ class LocalRegionContrastLoss(nn.Module):
         labels_k = labels_q if shared else labels_k
         self._check(features_q, features_k, labels_q, labels_k, shared)
         features_k = features_k.detach() if self.detach_keys else features_k
-        if self.num_samples is None:
-            means_q, sizes_q = self._pool(features_q, labels_q)
-            means_k, sizes_k = self._pool(features_k, labels_k)
-        else:
-            drawn_q, sizes_q = self._draw(labels_q, generator)
-            drawn_k, sizes_k = (drawn_q, sizes_q) if shared and self.same_samples else self._draw(labels_k, generator)
-            means_q, means_k = self._pool(features_q, drawn_q)[0], self._pool(features_k, drawn_k)[0]
+        sizes_q = self._sizes(features_q, labels_q)
+        sizes_k = sizes_q if shared else self._sizes(features_k, labels_k)
         valid = (sizes_q >= self.min_pixels) & (sizes_k >= self.min_pixels)  # [B, R]
-        # Rows that do not count are emptied first: a NaN in one would meet its gradient of 0 in the normalisation.
-        q, k = (F.normalize(torch.where(valid.unsqueeze(2), means, 0), dim=2) for means in (means_q, means_k))
+        if self.num_samples is not None:
+            drawn = self._draw(labels_q, generator)
+            labels_q, labels_k = drawn, drawn if shared and self.same_samples else self._draw(labels_k, generator)
+        q, k = self._rows(features_q, labels_q, valid), self._rows(features_k, labels_k, valid)
         if self.negatives == "batch":
             q, k, valid = q.flatten(0, 1), k.flatten(0, 1), valid.flatten()
         losses = infonce(
@@ -111,15 +108,24 @@ class LocalRegionContrastLoss(nn.Module):
         )  # fmt: skip
         return losses.sum() / ((2 if self.symmetric else 1) * valid.sum()).clamp(min=1)
 
-    def _pool(self, features, labels) -> tuple[Tensor, Tensor]:
-        """Means [B, R, C] and sizes [B, R] of the regions."""
-        if self.normalize_first:
-            known = ((labels >= 0) & (labels < self.max_regions)).unsqueeze(1)
-            features = F.normalize(torch.where(known, features.to(compute_dtype(features)), 0), dim=1)
-        return pool(features, labels, regions=self.max_regions, backend=self.backend)
+    def _sizes(self, features, labels) -> Tensor:
+        """Pixels of every region, [B, R]."""
+        return pool(features[:, :1].detach(), labels, regions=self.max_regions, backend=self.backend)[1]
 
-    def _draw(self, labels, generator) -> tuple[Tensor, Tensor]:
-        """Labels with -1 at the pixels that were not drawn, and the regions' sizes [B, R] before the draw.
+    def _rows(self, features, labels, valid) -> Tensor:
+        """Unit mean [B, R, C] of every valid region, 0 for the others. What does not count is emptied before a normalisation: there a NaN would meet its
+        gradient of 0."""
+        if self.normalize_first:
+            slots = labels.flatten(1).long()
+            known = (slots >= 0) & (slots < self.max_regions)
+            known = known & valid.gather(1, torch.where(known, slots, 0))
+            features = torch.where(known.reshape(labels.shape).unsqueeze(1), features.to(compute_dtype(features)), 0)
+            features = F.normalize(features, dim=1)
+        means, _ = pool(features, labels, regions=self.max_regions, backend=self.backend)
+        return F.normalize(torch.where(valid.unsqueeze(2), means, 0), dim=2)
+
+    def _draw(self, labels, generator) -> Tensor:
+        """Labels, -1 at the pixels that were not drawn.
 
         One sort of (label, random key) an image brings the pixels of a region together in random order: the first `num_samples` stay.
         """
@@ -134,7 +140,7 @@ class LocalRegionContrastLoss(nn.Module):
         first = torch.searchsorted(slots, every)  # [B, R + 1]: where each region begins
         rank = torch.arange(slots.shape[1], device=labels.device) - first.gather(1, slots)
         kept = torch.where((rank < self.num_samples) & (slots < regions), slots, -1)
-        return torch.empty_like(kept).scatter(1, order, kept).reshape(labels.shape), first.diff(dim=1)
+        return torch.empty_like(kept).scatter(1, order, kept).reshape(labels.shape)
 
     def extra_repr(self) -> str:
         names = (
