@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss_helpers import SPACE, affine, assert_compiles, assert_house, assert_same, gradients, graphs, variable
+from loss_helpers import SPACE, affine, assert_compiles, assert_house, assert_same, gradients, graphs, kept_mib, variable
 from pix2rep_kernels import Pix2RepLoss, warp
 from pix2rep_kernels.testing import error, tolerance
 
@@ -155,6 +155,14 @@ def test_half_precision_is_the_loss_of_the_rounded_features():
     want = barlow(*(rows(f.double()) for f in low))
     assert got.dtype == torch.float32 and error([got], [want]) < 1e-5  # sums of float32
     assert error(gradients(got, low), gradients(want, low)) < torch.finfo(torch.bfloat16).eps
+
+
+def test_no_standardised_copy_is_kept():
+    f1, f2 = (variable(2, 32, 64, 64, dtype=torch.float32).detach().contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
+    kept = kept_mib(lambda: Pix2RepLoss("barlow", num_samples=None)(f1, f2), f1, f2)
+    assert 0 < kept < 0.1  # 32 x 32 matrices; the rows of channels-last maps are views of them, 1 MiB each
+    theta = affine(2, 2).float()
+    assert kept_mib(lambda: Pix2RepLoss("barlow", num_samples=None)(f1, f2, theta), f1, f2) < 1.1 + 0.1  # the warped rows
 
 
 def test_house():

@@ -6,96 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss_helpers import SPACE, assert_compiles, assert_house, assert_same, gradients, graphs, slope, variable
+from loss_helpers import SPACE, assert_same, bim, bim_problem, entropy, gradient_magnitude, gradients, scaled, slope
 from pix2rep_kernels import BoundaryInfoMaxLoss
-from pix2rep_kernels.testing import error, tolerance
+from pix2rep_kernels.testing import error
 
-
-def official(a, b, image, *, alpha=0.5, lamda=1.0, w_rr=1.0, w_cc=1.0, power=0.75, boundary_on="both", wrap=True, window=5, frozen=None, **information):
-    """One head: w_rr RR + w_cc CC."""
-    total = w_rr * redundancy(a, b, alpha, lamda, frozen=frozen, **information)
-    image = image.to(a.dtype)
-    if image.shape[2:] != a.shape[2:]:
-        image = F.interpolate(image, size=a.shape[2:], mode="bilinear" if a.ndim == 4 else "trilinear", align_corners=False)
-    edges = scaled(gradient_magnitude(image, wrap)) ** power
-    maps = {"both": (a, b), "first": (a,), "second": (b,)}[boundary_on]
-    terms = [correlation(scaled(entropy(x), None if frozen is None else frozen["ranges"][x.shape]), edges, window) for x in maps]
-    return total + w_cc * sum(terms) / len(terms)
-
-
-def redundancy(a, b, alpha, lamda, radius=0, collapsed=True, symmetric=True, detach_target=False, detach_normalizer=False, eps=1e-5, clamp=False, frozen=None):
-    """RR. The joint of every displacement at once by a convolution of the class maps, as in IIC's code."""
-    k = a.shape[1]
-    p, q = (t.softmax(1).transpose(0, 1) for t in (a, b))  # [K, B, *S]: classes are the batch, images the channels
-    joint = (F.conv2d if a.ndim == 4 else F.conv3d)(p, q, padding=radius).flatten(2)  # [K, K, displacements]
-    joints = [joint.sum(2)] if collapsed else list(joint.unbind(2))
-    values = []
-    for joint in joints:
-        normaliser = joint.sum()
-        joint = joint / (normaliser.detach() if detach_normalizer else normaliser)
-        joint = (joint + joint.T) / 2 if symmetric else joint
-        rows, columns = joint.sum(1), joint.sum(0)
-        added = 0 if clamp else eps
-        if clamp:
-            joint, rows, columns = (torch.where(t < eps, eps, t) for t in (joint, rows, columns))
-        value = 0
-        for i in range(k):
-            for j in range(k):
-                target = alpha / k * (i == j) + (1 - alpha) * joint[i, j]
-                if detach_target:
-                    target = target.detach()
-                if frozen is not None:
-                    target = frozen["target"][i, j]
-                value = value - target * (joint[i, j] + added).log()
-                value = value + lamda * joint[i, j] * ((rows[i] + added).log() + (columns[j] + added).log())
-        values.append(value)
-    return sum(values) / len(values)
-
-
-def entropy(x):
-    c = x.softmax(1)
-    return -(c * (c + 1e-16).log()).sum(1, keepdim=True)
-
-
-def gradient_magnitude(image, wrap=True):
-    squares = 0
-    for axis in range(2, image.ndim):
-        difference = image - image.roll(1, axis)
-        if not wrap:
-            difference.select(axis, 0).zero_()
-        squares = squares + difference**2
-    return squares.sqrt().mean(1, keepdim=True)
-
-
-def scaled(x, ranges=None):
-    found = []
-    for n, one in enumerate(x):
-        low, high = (one.min().detach(), one.max().detach()) if ranges is None else ranges[n]
-        found.append((one - low) / (high - low + 1e-6))
-    return torch.stack(found)
-
-
-def correlation(i, j, window=5):
-    dims = i.ndim - 2
-    kernel, n = i.new_ones(1, 1, *[window] * dims), window**dims
-
-    def box(t):
-        return (F.conv2d if dims == 2 else F.conv3d)(t, kernel, padding=window // 2)
-
-    def at_least(t):
-        return torch.maximum(t, torch.full_like(t, 1e-5))
-
-    s_i, s_j = box(i), box(j)
-    cross = at_least(box(i * j) - s_i * s_j / n)
-    return -(cross**2 / (at_least(box(i * i) - s_i**2 / n) * at_least(box(j * j) - s_j**2 / n))).mean()
-
-
-def problem(k=4, dims=2, batch=2, channels=2, dtype=torch.float64):
-    a, b = (variable(batch, k, *SPACE[dims], dtype=dtype) for _ in range(2))
-    return a, b, torch.rand(batch, channels, *SPACE[dims], dtype=dtype)
-
-
-VARIANTS = [  # options of the module, those of the formula above where they are called otherwise
+VARIANTS = [  # options of the module, those of loss_helpers.bim where they are called otherwise
     ({}, {}),
     ({"alpha": 0.0}, {}),
     ({"alpha": 1.0, "lamda": 1.5}, {}),
@@ -120,25 +35,25 @@ VARIANTS = [  # options of the module, those of the formula above where they are
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("ours, theirs", VARIANTS, ids=str)
 def test_is_the_official_loss(ours, theirs, dims):
-    a, b, image = problem(dims=dims)
+    a, b, image = bim_problem(dims=dims)
     renamed = {k: v for k, v in ours.items() if k not in ("boundary_weight", "information_weight", "eps_mode")}
-    assert_same(BoundaryInfoMaxLoss(**ours)(a, b, image), official(a, b, image, **renamed, **theirs), (a, b))
+    assert_same(BoundaryInfoMaxLoss(**ours)(a, b, image), bim(a, b, image, **renamed, **theirs), (a, b))
 
 
 def test_heads_are_averaged_and_share_the_edges():
-    heads = [problem(k)[:2] for k in (3, 5, 5)]
+    heads = [bim_problem(k)[:2] for k in (3, 5, 5)]
     image = torch.rand(2, 1, *SPACE[2])
     firsts, seconds = [list(maps) for maps in zip(*heads, strict=True)]
-    want = sum(official(a, b, image) for a, b in heads) / 3
+    want = sum(bim(a, b, image) for a, b in heads) / 3
     assert_same(BoundaryInfoMaxLoss()(firsts, seconds, image), want, firsts + seconds)
-    assert_same(BoundaryInfoMaxLoss()(tuple(firsts[:1]), seconds[:1], image), official(*heads[0], image), heads[0])
+    assert_same(BoundaryInfoMaxLoss()(tuple(firsts[:1]), seconds[:1], image), bim(*heads[0], image), heads[0])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_larger_image_is_resized(dims):
-    a, b, _ = problem(dims=dims)
+    a, b, _ = bim_problem(dims=dims)
     image = torch.rand(2, 3, *(2 * n + 1 for n in SPACE[dims]), dtype=torch.float64)
-    assert_same(BoundaryInfoMaxLoss()(a, b, image), official(a, b, image), (a, b))
+    assert_same(BoundaryInfoMaxLoss()(a, b, image), bim(a, b, image), (a, b))
 
 
 def masked(a, b, image, mask, radius, collapsed):
@@ -176,7 +91,7 @@ def masked(a, b, image, mask, radius, collapsed):
 
 @pytest.mark.parametrize("radius, collapsed", [(0, True), (1, True), (1, False)])
 def test_mask(radius, collapsed):
-    a, b, image = problem()
+    a, b, image = bim_problem()
     mask = torch.rand(2, *SPACE[2]) > 0.3
     loss = BoundaryInfoMaxLoss(radius=radius, collapsed=collapsed)
     want = masked(a, b, image, mask, radius, collapsed)
@@ -193,18 +108,18 @@ def test_mask(radius, collapsed):
 
 
 def test_an_image_or_a_batch_without_a_pixel_that_counts():
-    a, b, image = problem()
+    a, b, image = bim_problem()
     mask = torch.ones(2, *SPACE[2], dtype=torch.bool)
     everything = BoundaryInfoMaxLoss(wrap=False)
-    assert_same(everything(a, b, image, mask=mask), official(a, b, image, wrap=False), (a, b))
+    assert_same(everything(a, b, image, mask=mask), bim(a, b, image, wrap=False), (a, b))
     mask[1] = False
-    assert_same(BoundaryInfoMaxLoss()(a, b, image, mask=mask), official(a[:1], b[:1], image[:1]), (a, b))
+    assert_same(BoundaryInfoMaxLoss()(a, b, image, mask=mask), bim(a[:1], b[:1], image[:1]), (a, b))
     none = BoundaryInfoMaxLoss()(a, b, image, mask=torch.zeros_like(mask))
     assert none == 0 and all((g == 0).all() for g in gradients(none, (a, b)))
 
 
 def test_without_target_it_is_minus_the_mutual_information():
-    a, b, image = problem()
+    a, b, image = bim_problem()
     p, q = (t.softmax(1).transpose(0, 1).flatten(1) for t in (a, b))
     joint = (p @ q.T + q @ p.T) / (2 * p.shape[1])
     information = (joint * (joint / torch.outer(joint.sum(0), joint.sum(1))).log()).sum()
@@ -215,7 +130,7 @@ def test_without_target_it_is_minus_the_mutual_information():
 
 
 def test_all_target_wants_the_diagonal():
-    a, b, image = problem()
+    a, b, image = bim_problem()
     p, q = (t.softmax(1).transpose(0, 1).flatten(1) for t in (a, b))
     joint = (p @ q.T + q @ p.T) / (2 * p.shape[1])
     marginal = joint.sum(0)
@@ -225,7 +140,7 @@ def test_all_target_wants_the_diagonal():
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"radius": 1, "collapsed": False, "symmetric": False}], ids=str)
 def test_order_of_views_and_of_pixels(options):
-    a, b, image = problem()
+    a, b, image = bim_problem()
     loss = BoundaryInfoMaxLoss(**options)
     assert_same(loss(a, b, image), loss(b, a, image), (a, b))
     if "radius" not in options:
@@ -253,20 +168,20 @@ def test_boundary_term_at_its_ends():
 
 
 def test_a_constant_image_has_no_edges():
-    a, b, image = problem()
+    a, b, image = bim_problem()
     value = BoundaryInfoMaxLoss()(a, b, torch.full_like(image, 0.3))
     assert value.isfinite() and all(g.isfinite().all() for g in gradients(value, (a, b)))
-    assert_same(value, official(a, b, torch.full_like(image, 0.3)), (a, b))
+    assert_same(value, bim(a, b, torch.full_like(image, 0.3)), (a, b))
     flat = torch.zeros_like(a).requires_grad_()  # and uniform clusters: no range either
     value = BoundaryInfoMaxLoss()(flat, flat, torch.zeros_like(image))
     assert value.isfinite() and gradients(value, (flat,))[0].isfinite().all()
 
 
 def test_range_and_target_are_constants_of_the_gradient():
-    a, b, image = (t.detach() for t in problem())
+    a, b, image = (t.detach() for t in bim_problem())
     directions = [torch.randn_like(t) for t in (a, b)]
     ranges = {a.shape: None}
-    free = slope(lambda x, y: official(x, y, image), (a, b), directions)
+    free = slope(lambda x, y: bim(x, y, image), (a, b), directions)
     inputs = [t.clone().requires_grad_() for t in (a, b)]
 
     def ours(**options):
@@ -276,15 +191,15 @@ def test_range_and_target_are_constants_of_the_gradient():
     ranges[a.shape] = [(h.min(), h.max()) for h in entropy(a)]
     joint = torch.einsum("bkp,blp->kl", a.softmax(1).flatten(2), b.softmax(1).flatten(2)) / (2 * 63)
     target = 0.5 * torch.eye(4) / 4 + 0.25 * (joint + joint.T)
-    only = slope(lambda x, y: official(x, y, image, boundary_on="first", frozen={"ranges": ranges, "target": target}), (a, b), directions)
+    only = slope(lambda x, y: bim(x, y, image, boundary_on="first", frozen={"ranges": ranges, "target": target}), (a, b), directions)
     assert ours(boundary_on="first", detach_target=True).item() == pytest.approx(only, rel=1e-7)
     assert abs(ours().item() - free) > 1e-4 * abs(free)  # the true slope is another: min and max move
-    plain = slope(lambda x, y: official(x, y, image, w_cc=0), (a, b), directions)
+    plain = slope(lambda x, y: bim(x, y, image, w_cc=0), (a, b), directions)
     assert ours(boundary_weight=0).item() == pytest.approx(plain, rel=1e-7)  # T does carry gradient
 
 
 def test_no_gradient_to_the_image_and_nan_reaches_the_loss():
-    a, b, image = problem()
+    a, b, image = bim_problem()
     image.requires_grad_()
     assert torch.autograd.grad(BoundaryInfoMaxLoss()(a, b, image), image, allow_unused=True) == (None,)
     for k in range(3):
@@ -296,92 +211,8 @@ def test_no_gradient_to_the_image_and_nan_reaches_the_loss():
 
 
 def test_a_cluster_may_be_forbidden():
-    a, b, image = problem()
+    a, b, image = bim_problem()
     with torch.no_grad():
         a[:, 1] = b[:, 1] = -torch.inf
     value = BoundaryInfoMaxLoss()(a, b, image)
     assert value.isfinite() and all(g.isfinite().all() for g in gradients(value, (a, b)))
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_float32_is_as_exact_as_pytorch(last):
-    a, b, image = problem(k=12, dtype=torch.float32)
-    if last:
-        a, b = (t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (a, b))
-    exact = [t.detach().double().requires_grad_() for t in (a, b)]
-    want = official(*exact, image.double())
-    truth = [want, *gradients(want, exact)]
-    ours, theirs = (f(a, b, image) for f in (BoundaryInfoMaxLoss(), official))
-    assert ours.dtype == torch.float32
-    assert error([ours, *gradients(ours, (a, b))], truth) < tolerance(error([theirs, *gradients(theirs, (a, b))], truth), torch.float32)
-
-
-def test_half_precision_is_the_loss_of_the_rounded_logits():
-    a, b, image = problem(dtype=torch.float32)
-    low = [t.detach().bfloat16().requires_grad_() for t in (a, b)]
-    got, want = BoundaryInfoMaxLoss()(*low, image), official(*(t.float() for t in low), image)
-    assert got.dtype == torch.float32 and error([got], [want]) < 1e-5
-    assert error(gradients(got, low), gradients(want, low)) < torch.finfo(torch.bfloat16).eps
-
-
-def test_house():
-    a, b, image = problem(dtype=torch.float32)
-    mask = torch.rand(2, *SPACE[2]) > 0.2
-    for options in ({}, {"radius": 1, "collapsed": False, "wrap": False, "eps_mode": "clamp"}):
-        assert_house(BoundaryInfoMaxLoss(**options), [a, b], [b, a], image, mask=mask)
-    assert "alpha=0.25" in repr(BoundaryInfoMaxLoss(0.25))
-    assert_compiles(BoundaryInfoMaxLoss(radius=1), (a, b), [a, b], [b, a], image, mask=mask)
-
-
-@pytest.mark.parametrize("larger", [0, 5])
-def test_one_graph_serves_every_size(larger):
-    def problems():
-        for height in range(20, 30):
-            a, b = (torch.randn(2, 4, height, 17, requires_grad=True) for _ in range(2))
-            yield (a, b, torch.rand(2, 1, height + larger, 17 + larger)), {"mask": torch.rand(2, height, 17) > 0.2}
-
-    assert graphs(BoundaryInfoMaxLoss(), problems()) <= 2
-
-
-BAD = [
-    (dict(alpha=1.5), ValueError, r"`alpha` must be in \[0, 1\], got 1.5"),
-    (dict(alpha=None), TypeError, "`alpha` must be a float, got None"),
-    (dict(lamda=-1), ValueError, "`lamda` must be >= 0 and finite, got -1"),
-    (dict(window=4), ValueError, "`window` must be odd and > 0, got 4"),
-    (dict(power=0), ValueError, "`power` must be > 0 and finite, got 0"),
-    (dict(eps=0), ValueError, "`eps` must be in .*, got 0"),
-    (dict(eps_mode="max"), ValueError, "`eps_mode` must be one of 'add', 'clamp', got 'max'"),
-    (dict(radius=1.0), TypeError, "`radius` must be an int, got 1.0"),
-    (dict(radius=-1), ValueError, "`radius` must be >= 0, got -1"),
-    (dict(collapsed=1), TypeError, "`collapsed` must be a bool, got 1"),
-    (dict(boundary_on="none"), ValueError, "`boundary_on` must be one of 'both', 'first', 'second'"),
-    (dict(backend="gpu"), ValueError, "`backend` must be one of"),
-]
-
-
-@pytest.mark.parametrize("options, kind, message", BAD)
-def test_bad_options(options, kind, message):
-    with pytest.raises(kind, match=message):
-        BoundaryInfoMaxLoss(**options)
-
-
-def test_bad_input():
-    a, b, image = problem()
-    cases = [
-        ((a[0], b[0], image), {}, ValueError, r"`logits_1` must have shape \[B, C, H, W\]"),
-        ((a, b[:, :3], image), {}, ValueError, "`logits_2` must have the shape of logits_1"),
-        ((a, b.float(), image), {}, TypeError, "`logits_2` must be torch.float64"),
-        ((a, [b], image), {}, ValueError, "`logits_2` must be a tensor or a list as `logits_1` is, got list"),
-        (([a, a], [b], image), {}, ValueError, "`logits_2` must hold 2 heads as `logits_1` does, got 1"),
-        (([], [], image), {}, ValueError, "`logits_1` must hold at least one head"),
-        (([a, a[:, :, 1:]], [b, b[:, :, 1:]], image), {}, ValueError, r"`logits_1\[1\]` must have the batch and space of logits_1\[0\]"),
-        (([a, a], [b, b.float()], image), {}, TypeError, r"`logits_2\[1\]` must be torch.float64"),
-        ((a, "b", image), {}, TypeError, "`logits_2` must be a torch.Tensor or a list of them, got str"),
-        ((a, b, image[:1]), {}, ValueError, r"`image` must have shape \[2, channels, \*S'\]"),
-        ((a, b, image.long()), {}, TypeError, "`image` must be float16"),
-        ((a, b, image), {"mask": torch.ones(2, 3, 3, dtype=torch.bool)}, ValueError, "`mask` must have shape"),
-        ((a, b, image), {"mask": torch.ones(2, *SPACE[2])}, TypeError, "`mask` must be bool"),
-    ]
-    for arguments, extra, kind, message in cases:
-        with pytest.raises(kind, match=message):
-            BoundaryInfoMaxLoss()(*arguments, **extra)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss_helpers import SPACE, assert_compiles, assert_house, assert_same, gradients, graphs, variable
+from loss_helpers import SPACE, assert_compiles, assert_house, assert_same, gradients, graphs, kept_mib, variable
 from pix2rep_kernels import LocalRegionContrastLoss
 from pix2rep_kernels.testing import error, tolerance
 
@@ -215,6 +215,14 @@ def test_half_precision_is_the_loss_of_the_rounded_features():
         want = written_out(*(f.double() for f in low), labels, **options)
         assert got.dtype == torch.float32 and error([got], [want]) < 1e-5
         assert error(gradients(got, low), gradients(want, low)) < torch.finfo(torch.bfloat16).eps
+
+
+def test_only_the_regions_are_kept():
+    q, k = (variable(2, 32, 64, 64, dtype=torch.float32) for _ in range(2))  # 1 MiB
+    labels = torch.randint(0, 20, (2, 64, 64))
+    for samples in (None, 10):
+        loss = LocalRegionContrastLoss(max_regions=20, num_samples=samples, detach_keys=False)
+        assert 0 < kept_mib(lambda loss=loss: loss(q, k, labels), q, k, labels) < 0.25  # two drawn label maps of int64, rows [B, R, C]
 
 
 def test_house():

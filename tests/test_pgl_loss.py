@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss_helpers import SPACE, affine, assert_compiles, assert_house, assert_same, gradients, graphs, slope, variable
+from loss_helpers import SPACE, affine, assert_compiles, assert_house, assert_same, gradients, graphs, kept_mib, slope, variable
 from pix2rep_kernels import PriorGuidedLocalLoss, box_grid
 from pix2rep_kernels.testing import error, tolerance
 
@@ -173,6 +173,14 @@ def test_half_precision_is_the_loss_of_the_rounded_maps():
         want = written_out(*(t.double() for t in low), grid1, grid2, SPACE[2], **options)
         assert got.dtype == torch.float32 and error([got], [want]) < 1e-5
         assert error(gradients(got, low[:1]), gradients(want, low[:1])) < torch.finfo(torch.bfloat16).eps
+
+
+def test_no_warped_map_is_kept():
+    p, z, grid1, grid2 = problem(channels=64, dtype=torch.float32)
+    for norm in ("channel", "flat", "none"):
+        loss = PriorGuidedLocalLoss(norm, detach_targets=False, outside="drop")
+        kept = kept_mib(lambda loss=loss: loss(p, z, grid1, grid2, size=(32, 32)), p, z)
+        assert 0 < kept < 0.2  # a few numbers a point; the two warped maps would take 1 MiB
 
 
 def test_house():

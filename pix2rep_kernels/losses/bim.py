@@ -52,7 +52,7 @@ class BoundaryInfoMaxLoss(nn.Module):
         logits_1, logits_2: [B, K, *S] with 2 or 3 spatial axes, or a list of them, one a head (K may differ), of pixels that correspond: one floating dtype and
             device, any strides.
         image: [B, channels, *S'], floating, the one that the second view saw: its edges are computed once for all heads, at S' = S, after (bi- or tri-)linear
-            resizing where S' differs. It gets no gradient.
+            resizing where S' differs. It gets no gradient. None where boundary_weight is 0.
         mask: [B, *S] or [B, 1, *S] bool: pixels that count. The others are as if outside the image (0 in CC's windows, no edge towards them) and get gradient
             exactly 0, whatever logits and, at S' = S, image hold there.
         output: scalar, float32 (float64 for float64 logits); 0 when no pixel counts.
@@ -106,7 +106,7 @@ class BoundaryInfoMaxLoss(nn.Module):
         self,
         logits_1: Logits,  # [B, K, *S], or one a head
         logits_2: Logits,  # [B, K, *S], or one a head
-        image: Tensor,  # [B, channels, *S']
+        image: Tensor | None = None,  # [B, channels, *S']
         *,
         mask: Tensor | None = None,  # [B, *S] or [B, 1, *S]
     ) -> Tensor:
@@ -169,17 +169,21 @@ class BoundaryInfoMaxLoss(nn.Module):
             if k and (a.shape[0] != maps_1[0].shape[0] or a.shape[2:] != maps_1[0].shape[2:]):
                 expect(False, f"logits_1{at}", f"have the batch and space of logits_1[0] {tuple(maps_1[0].shape)}", tuple(a.shape))
         like = maps_1[0]
+        if image is not None or self.boundary_weight:
+            self._check_image(image, like)
+        if self.check_finite:
+            for name, maps in (("logits_1", maps_1), ("logits_2", maps_2), ("image", [] if image is None else [image])):
+                for tensor in maps:
+                    expect_finite(tensor, name)
+        return list(zip(maps_1, maps_2, strict=True)), None if mask is None else checked_mask(mask, like, "logits_1")
+
+    def _check_image(self, image, like) -> None:
         expect_float(image, "image")
         if image.ndim != like.ndim or image.shape[0] != like.shape[0]:
             expect(False, "image", f"have shape [{like.shape[0]}, channels, *S'] with {like.ndim - 2} spatial axes", tuple(image.shape))
         if image.numel() == 0:
             expect(False, "image", "have at least one pixel and channel", tuple(image.shape))
         expect_device(image, "image", like, "logits_1")
-        if self.check_finite:
-            for name, maps in (("logits_1", maps_1), ("logits_2", maps_2), ("image", [image])):
-                for tensor in maps:
-                    expect_finite(tensor, name)
-        return list(zip(maps_1, maps_2, strict=True)), None if mask is None else checked_mask(mask, like, "logits_1")
 
 
 def resized(image: Tensor, like: Tensor) -> Tensor:
