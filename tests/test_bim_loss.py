@@ -20,7 +20,7 @@ VARIANTS = [  # options of the module, those of loss_helpers.bim where they are 
     ({"window": 3, "power": 0.5}, {}),
     ({"symmetric": False}, {}),
     ({"radius": 1}, {}),
-    ({"radius": 2, "detach_normalizer": True, "symmetric": False}, {}),
+    ({"radius": 2, "symmetric": False}, {"detach_normalizer": True}),
     ({"radius": 1, "collapsed": False}, {}),
     ({"detach_target": True}, {}),
     ({"eps": 1e-10}, {}),

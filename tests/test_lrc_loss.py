@@ -67,6 +67,7 @@ def test_is_the_formula(options, dims):
     assert_same(loss(q, k, labels), written_out(q, k, labels, **options), (q, k))
     other = torch.where(torch.rand(labels.shape) < 0.3, torch.randint(-1, REGIONS, labels.shape), labels)
     other[1][other[1] == 3] = -1  # a region of one view only
+    labels[2].flatten()[:12], other[2].flatten()[:9] = 5, -1  # and one that is large in one view, small in the other
     assert_same(loss(q, k, labels, other), written_out(q, k, labels, other, **options), (q, k))
 
 

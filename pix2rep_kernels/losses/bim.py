@@ -30,7 +30,8 @@ class BoundaryInfoMaxLoss(nn.Module):
 
     Official code: every default but alpha, lamda and boundary_weight, which its scripts vary (0.5, 1, 1 in the only one with single values); 40 clusters in
     3 linear heads; power 0.75 for ACDC and MMWHS, 0.5 for prostate and spleen. Inferred: 3D, `mask`, and how the image is resized (half-pixel centres).
-    IIC's official code: alpha=0, boundary_weight=0, radius > 0, eps=2.2e-16, eps_mode="clamp", `mask`, and detach_normalizer=True where collapsed.
+    IIC's official code: alpha=0, boundary_weight=0, radius > 0, eps=2.2e-16, eps_mode="clamp", `mask`
+    (it detaches the sum that normalises P too, which changes nothing: that is a number of pixels).
 
     Args:
         alpha: share of the diagonal in the target T, 0 (mutual information) to 1 (balanced and consistent clusters).
@@ -41,7 +42,6 @@ class BoundaryInfoMaxLoss(nn.Module):
         radius, collapsed: displacements of the joint distribution, as in `joint`. Not collapsed: one RR a displacement, their mean.
         symmetric: make P symmetric. Which map comes first matters to RR in neither case.
         detach_target: no gradient through T (official: it has one).
-        detach_normalizer: no gradient through the sum that normalises P.
         eps, eps_mode: "add": inside the logarithms, as above; "clamp": P, p and q themselves are raised to eps, without gradient below it.
         wrap: the edge map's differences wrap around the image (official: rows and columns 0 then show an edge that is none); False: they are 0 there.
         boundary_on: the maps that CC looks at, "both" (official), "first" or "second".
@@ -77,7 +77,6 @@ class BoundaryInfoMaxLoss(nn.Module):
         collapsed: bool = True,
         symmetric: bool = True,
         detach_target: bool = False,
-        detach_normalizer: bool = False,
         eps: float = 1e-5,
         eps_mode: str = "add",
         wrap: bool = True,
@@ -98,7 +97,6 @@ class BoundaryInfoMaxLoss(nn.Module):
         self.information_weight = weight(information_weight, "information_weight")
         self.radius, self.collapsed, self.symmetric = whole(radius, "radius", 0), flag(collapsed, "collapsed"), flag(symmetric, "symmetric")
         self.detach_target = flag(detach_target, "detach_target")
-        self.detach_normalizer = flag(detach_normalizer, "detach_normalizer")
         self.eps, self.eps_mode, self.wrap, self.boundary_on = float(eps), eps_mode, flag(wrap, "wrap"), boundary_on
         self.check_finite, self.backend = flag(check_finite, "check_finite"), backend
 
@@ -114,10 +112,8 @@ class BoundaryInfoMaxLoss(nn.Module):
         like = heads[0][0]
         loss = like.new_zeros((), dtype=compute_dtype(like))
         if self.information_weight:
-            found = [self._information(joint(
-                a, b, radius=self.radius, collapsed=self.collapsed, mask=mask, symmetric=self.symmetric,
-                detach_normalizer=self.detach_normalizer, backend=self.backend,
-            )) for a, b in heads]  # fmt: skip
+            options = {"radius": self.radius, "collapsed": self.collapsed, "symmetric": self.symmetric, "backend": self.backend}
+            found = [self._information(joint(a, b, mask=mask, **options)) for a, b in heads]
             loss = loss + self.information_weight * torch.stack(found).mean()
         if self.boundary_weight:
             edges = edge_map(resized(image, like), self.power, self.wrap, mask)
@@ -148,8 +144,8 @@ class BoundaryInfoMaxLoss(nn.Module):
 
     def extra_repr(self) -> str:
         names = (
-            "alpha", "lamda", "boundary_weight", "window", "power", "information_weight", "radius", "collapsed", "symmetric", "detach_target",
-            "detach_normalizer", "eps", "eps_mode", "wrap", "boundary_on", "backend",
+            "alpha", "lamda", "boundary_weight", "window", "power", "information_weight", "radius", "collapsed", "symmetric", "detach_target", "eps",
+            "eps_mode", "wrap", "boundary_on", "backend",
         )  # fmt: skip
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 

@@ -104,7 +104,7 @@ class LocalRegionContrastLoss(nn.Module):
         if self.negatives == "batch":
             q, k, valid = q.flatten(0, 1), k.flatten(0, 1), valid.flatten()
         losses = infonce(
-            q, k, temperature=self.temperature, negatives="cross" if self.symmetric else "forward", valid_a=valid, valid_b=valid, backend=self.backend
+            q, k, temperature=self.temperature, negatives="cross" if self.symmetric else "forward", valid_a=valid, backend=self.backend
         )  # fmt: skip
         return losses.sum() / ((2 if self.symmetric else 1) * valid.sum()).clamp(min=1)
 

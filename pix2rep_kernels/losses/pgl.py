@@ -153,14 +153,15 @@ def box_grid(
     for name, sizes in (("shape", shape), ("features", features)):
         if len(sizes) != dims or min(sizes) < 1:
             expect(False, name, f"have {dims} entries >= 1", tuple(sizes))
-    view = low.new_tensor([float(n) for n in shape])
-    voxel = view / low.new_tensor([float(n) for n in features])
-    centre, side = (low + high) / 2, (high - low).maximum(voxel)
-    scale, offset = side / view, 2 * centre / view - 1  # of the frame's [-1, 1]
     if flip is not None:
         expect_dtype(flip, "flip", torch.bool)
         if flip.shape != low.shape:
             expect(False, "flip", f"have shape {tuple(low.shape)} as `low` has", tuple(flip.shape))
         expect_device(flip, "flip", low, "low")
-        scale, offset = (torch.where(flip, -t, t) for t in (scale, offset))
-    return torch.cat([torch.diag_embed(scale.flip(1)), offset.flip(1).unsqueeze(2)], 2)  # grids have x, the last axis, first
+    scales, offsets = [], []  # of the frame's [-1, 1]
+    for axis in reversed(range(dims)):  # grids have x, the last axis, first
+        side = (high - low)[:, axis].clamp(min=shape[axis] / features[axis])
+        scales.append(side / shape[axis])
+        offsets.append((low + high)[:, axis] / shape[axis] - 1)
+    theta = torch.cat([torch.diag_embed(torch.stack(scales, 1)), torch.stack(offsets, 1).unsqueeze(2)], 2)
+    return theta if flip is None else torch.where(flip.flip(1).unsqueeze(2), -theta, theta)
