@@ -2,11 +2,13 @@
 
 import contextlib
 import pickle
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pix2rep_kernels import dispatch
 from pix2rep_kernels.testing import error
 from sweep import FULL
 
@@ -42,7 +44,7 @@ def slope(function, inputs, directions, step: float = 1e-5) -> float:
 
 
 def assert_house(loss: nn.Module, *arguments, **extra) -> None:
-    """No state, a pickle of itself, the same bits again and under autocast."""
+    """No state, a pickle of itself, the same bits again and under autocast, and every op on the backend that was named."""
     assert not loss.state_dict() and not list(loss.parameters())
     copy = pickle.loads(pickle.dumps(loss))
     assert repr(copy) == repr(loss)
@@ -57,6 +59,10 @@ def assert_house(loss: nn.Module, *arguments, **extra) -> None:
     assert all(map(torch.equal, run(), first))
     with torch.autocast("cpu", torch.bfloat16):
         assert all(map(torch.equal, run(), first))
+    copy.backend = "reference"
+    with mock.patch.object(dispatch, "choose", wraps=dispatch.choose) as choose:
+        run()
+    assert {call.args[1] for call in choose.call_args_list} == {"reference"}
 
 
 def kept_mib(value_of, *inputs: Tensor) -> float:
