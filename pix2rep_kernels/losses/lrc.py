@@ -33,7 +33,7 @@ class LocalRegionContrastLoss(nn.Module):
         num_samples: pixels drawn in each region, without repeats; all of a region that has fewer. None: every pixel.
         same_samples: the draw of the first view serves the second (for one label map only); else each draws its own.
         min_pixels: a region with fewer pixels, in either view, is left out.
-        detach_keys: no gradient to features_k (official for an EMA encoder: inferred).
+        detach_keys: no gradient to features_k, as those of a momentum encoder.
         symmetric: also contrast the regions of the second view with those of the first, and take the mean (infonce, negatives="cross"). detach_keys holds
             for both directions.
         check_finite: raise on NaN or inf features, naming the argument; reads a value back from the device, so it stops CUDA graphs and fullgraph.
@@ -113,8 +113,8 @@ class LocalRegionContrastLoss(nn.Module):
         return pool(features[:, :1].detach(), labels, regions=self.max_regions, backend=self.backend)[1]
 
     def _rows(self, features, labels, valid) -> Tensor:
-        """Unit mean [B, R, C] of every valid region, 0 for the others. What does not count is emptied before a normalisation: there a NaN would meet its
-        gradient of 0."""
+        """Unit mean [B, R, C] of every valid region, 0 for the others."""
+        # What does not count is emptied before each normalisation: there a NaN would meet its gradient of 0.
         if self.normalize_first:
             slots = labels.flatten(1).long()
             known = (slots >= 0) & (slots < self.max_regions)
