@@ -49,10 +49,14 @@ def jitted(path: Path) -> tuple[set, set]:
     return {function.name for function in functions}, used
 
 
+def files(op: str) -> list[Path]:
+    return sorted({*TRITON.glob(f"{op}.py"), *TRITON.glob(f"{op}_*.py")})
+
+
 def entries(op: str) -> set:
     """Kernels of an op that the host launches: no other kernel uses them."""
     used = set().union(*(jitted(path)[1] for path in TRITON.glob("*.py")))
-    return set().union(*(jitted(path)[0] for path in (TRITON / f"{op}.py", *TRITON.glob(f"{op}_*.py")) if path.exists())) - used
+    return set().union(*(jitted(path)[0] for path in files(op))) - used
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -72,6 +76,8 @@ def test_nothing_spills_and_everything_fits(op, compiled):
 @pytest.mark.parametrize("op", OPS)
 def test_large_products_take_matrix_instructions(op, compiled):
     rows, wanted = compiled(op)["calls"], getattr(importlib.import_module(f"benchmarks.calls_{op}"), "MATRIX", {})
+    multiplies = any("tl.dot(" in path.read_text() for path in files(op))
+    assert bool(wanted) == multiplies, f"benchmarks/calls_{op}.py must say in MATRIX which products are large"
     assert set(wanted) <= {row["kernel"] for row in rows}, "MATRIX names a kernel that no call launches"
     for row in rows:
         if row["call"] in wanted.get(row["kernel"], ()):
