@@ -4,8 +4,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 DEMO := runs/demo
+TORCH36 ?= $$(grep '^torch==' requirements.txt)
 
-.PHONY: build test demo bench lint clean
+.PHONY: build test test-full sanitize static test-triton36 demo bench lint clean
 
 build: .venv/.built
 
@@ -23,6 +24,29 @@ test: build
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
+# Wider sweeps, 400 Hypothesis examples a test, every kernel compiled for every chip.
+test-full: build
+	PIX2REP_TEST=full $(BIN)/python -m pytest
+
+# The C++ bodies without torch under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitize: .venv/.installed
+	$(BIN)/python tests/sanitize/run.py
+
+static: build
+	$(BIN)/python -m benchmarks.static
+
+# The oldest Triton that is supported, beside the same torch: every kernel compiles, every op runs interpreted once.
+test-triton36: .venv36/.built
+	.venv36/bin/python -m benchmarks.static --out build/static36
+	TRITON_INTERPRET=1 .venv36/bin/python -m pytest tests/test_smoke.py
+
+.venv36/.built: requirements-triton36.txt requirements.txt $(SOURCES)
+	test -x .venv36/bin/python || $(PYTHON) -m venv .venv36
+	.venv36/bin/python -m pip install -q $(TORCH36) $$(grep -E '^(setuptools|pytest)==' requirements.txt)
+	.venv36/bin/python -m pip install -q --no-deps -r requirements-triton36.txt
+	.venv36/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
 demo: build
 	rm -rf $(DEMO)
 	$(BIN)/pix2rep phantom $(DEMO)/data
@@ -38,4 +62,4 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build dist runs *.egg-info pix2rep_kernels/*.so pix2rep_kernels/_build.json
+	rm -rf .venv .venv36 build dist runs *.egg-info pix2rep_kernels/*.so pix2rep_kernels/_build.json

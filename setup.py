@@ -102,10 +102,11 @@ def extensions() -> list[Extension]:
     return [Extension("pix2rep_kernels._C", sources, depends=headers, py_limited_api=True, language="c++")]
 
 
-# Read by an isolated build before it compiles; torch that is in the environment already is used instead.
-needs_torch = BUILD != "none" and torch_root() is None
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
-    setup_requires=["torch>=2.11", "numpy"] if needs_torch else [],
-)
+if __name__ == "__main__":  # tests/sanitize reads the flags
+    # Read by an isolated build before it compiles; torch that is in the environment already is used instead.
+    needs_torch = BUILD != "none" and torch_root() is None
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+        setup_requires=["torch>=2.11", "numpy"] if needs_torch else [],
+    )

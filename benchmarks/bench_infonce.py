@@ -4,14 +4,11 @@ Eager is matmul, logsumexp (inside cross-entropy) and autograd. Each row is chec
 at N = 1024, and against each other at the size that is timed.
 """
 
-import argparse
-import json
-import platform
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import harness
 from benchmarks.harness import interleaved, peak_mib
 from pix2rep_kernels import infonce
 from pix2rep_kernels.testing import error
@@ -97,27 +94,22 @@ def test_infonce(benchmark, which, negatives, n, d):
     benchmark.pedantic(step, args=({"ours": ours, "eager": eager}[which], a, b, negatives), rounds=3, warmup_rounds=1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--large", action="store_true", help="N = 65,536 too, without eager (17 GB a copy)")
-    parser.add_argument("--json", help="write the rows here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    table = [measure(*size) for size in SIZES]
-    if arguments.large:
-        table.append(measure("cross", 65_536, 64, repeats=2, peers=False))
-    print(f"{'':22}{'ours s':>9}{'eager s':>9}{'ratio':>7}{'MiB':>8}{'eager MiB':>11}{'error':>10}{'eager':>9}")
-    for r in table:
-        eager_s, ratio, eager_mib = (r["eager"]["median_s"], r["ratio"], r["eager_extra_MiB"]) if "eager" in r else (float("nan"),) * 3
-        name = f"{r['negatives']} N={r['N']} D={r['D']}"
-        line = f"{name:22}{r['ours']['median_s']:9.3f}{eager_s:9.3f}{ratio:7.1f}{r['extra_MiB']:8.1f}{eager_mib:11.0f}"
-        print(f"{line}{r['error']:10.1e}{r['eager_error']:9.1e}")
-    if arguments.json:
-        from pix2rep_kernels.__main__ import versions
+HEADER = f"{'':22}{'ours s':>9}{'eager s':>9}{'ratio':>7}{'MiB':>8}{'eager MiB':>11}{'error':>10}{'eager':>9}"
 
-        with open(arguments.json, "w") as file:
-            json.dump({"threads": arguments.threads, "platform": platform.platform(), "versions": versions(), "rows": table}, file, indent=1)
+
+def line(r):
+    eager_s, ratio, eager_mib = (r["eager"]["median_s"], r["ratio"], r["eager_extra_MiB"]) if "eager" in r else (float("nan"),) * 3
+    name = f"{r['negatives']} N={r['N']} D={r['D']}"
+    times = f"{r['ours']['median_s']:9.3f}{eager_s:9.3f}{ratio:7.1f}"
+    return f"{name:22}{times}{r['extra_MiB']:8.1f}{eager_mib:11.0f}{r['error']:10.1e}{r['eager_error']:9.1e}"
+
+
+def main():
+    parser = harness.parser(__doc__)
+    parser.add_argument("--large", action="store_true", help="N = 65,536 too, without eager (17 GB a copy)")
+    asked = harness.start(parser)
+    sizes = [(*size, asked.repeats) for size in SIZES] + ([("cross", 65_536, 64, 2, False)] if asked.large else [])
+    harness.tabulate(asked, HEADER, (measure(*size) for size in sizes), line)
 
 
 if __name__ == "__main__":

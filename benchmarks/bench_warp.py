@@ -4,14 +4,11 @@ Eager is F.affine_grid, F.grid_sample, permute, index, F.normalize and autograd.
 before anything is timed, and against each other at the size that is timed.
 """
 
-import argparse
-import json
-import platform
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import harness
 from benchmarks.harness import interleaved
 from pix2rep_kernels import warp
 from pix2rep_kernels.layout import memory_format
@@ -94,26 +91,18 @@ def test_warp(benchmark, which, size, layout):
     benchmark.pedantic(step, args=({"ours": ours, "eager": eager}[which], *inputs(*size, layout)), rounds=3, warmup_rounds=1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the rows here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"{'':38}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'forward':>9}{'error':>10}{'eager':>9}")
-    table = []
-    for size in SIZES:
-        for layout in LAYOUTS:
-            table.append(r := measure(*size, layout))
-            times = [1e3 * r["forward_backward"][name]["median_s"] for name in ("ours", "eager")]
-            name = f"B={r['B']} C={r['C']} S={'x'.join(map(str, r['S']))} P={r['points'] or 'all'} {layout}"
-            line = f"{name:38}{times[0]:9.2f}{times[1]:10.2f}{r['ratio']:7.1f}{r['forward_ratio']:9.1f}"
-            print(f"{line}{r['error']:10.1e}{r['eager_error']:9.1e}", flush=True)
-    if arguments.json:
-        from pix2rep_kernels.__main__ import versions
+HEADER = f"{'':38}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'forward':>9}{'error':>10}{'eager':>9}"
 
-        with open(arguments.json, "w") as file:
-            json.dump({"threads": arguments.threads, "platform": platform.platform(), "versions": versions(), "rows": table}, file, indent=1)
+
+def line(r):
+    name = f"B={r['B']} C={r['C']} S={'x'.join(map(str, r['S']))} P={r['points'] or 'all'} {r['layout']}"
+    mine, theirs = (1e3 * r["forward_backward"][side]["median_s"] for side in ("ours", "eager"))
+    return f"{name:38}{mine:9.2f}{theirs:10.2f}{r['ratio']:7.1f}{r['forward_ratio']:9.1f}{r['error']:10.1e}{r['eager_error']:9.1e}"
+
+
+def main():
+    asked = harness.start(harness.parser(__doc__))
+    harness.tabulate(asked, HEADER, (measure(*size, layout, asked.repeats) for size in SIZES for layout in LAYOUTS), line)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Calls of infonce whose Triton kernels `benchmarks.compiled` compiles."""
+"""Calls of infonce whose Triton kernels `benchmarks.static` compiles; fields as `benchmarks/compiled.py` reads them."""
 
 import torch
 
@@ -14,6 +14,7 @@ CALLS = {
     "joint, shifted, masks, ids, bf16": {"negatives": "joint", "n": 300, "m": 300, "d": 64, "floor": 0.01, "dtype": torch.bfloat16, "masks": True, "ids": True},
     "joint, online, tf32x3": {"negatives": "joint", "n": 5, "m": 5, "d": 64, "floor": 0.002, "precision": "tf32x3"},
 }
+MATRIX = dict.fromkeys(("sums", "edges", "online", "products"), set(CALLS))
 
 
 def call(negatives, n=1, m=1, d=1, queue=0, positive=False, masks=False, ids=False, floor=0.1, dtype=torch.float32, precision="fp16"):

@@ -1,4 +1,4 @@
-"""Calls of warp whose Triton kernels `benchmarks.compiled` compiles."""
+"""Calls of warp whose Triton kernels `benchmarks.static` compiles; fields as `benchmarks/compiled.py` reads them."""
 
 import torch
 
@@ -18,6 +18,11 @@ CALLS = {
     "one of everything": {"batch": 1, "channels": 1, "space": (1, 1), "points": 1},
     "one of everything, 3D": {"batch": 1, "channels": 1, "space": (1, 1, 1), "align_corners": False},
 }  # fmt: skip
+WIDE = dict.fromkeys(
+    ("warp_forward_kernel", "warp_backward_atomic_kernel", "warp_backward_records_kernel", "warp_backward_sum_kernel"),
+    {name for name, options in CALLS.items() if options.get("layout") != "first" and options["channels"] % 64 == 0},
+)
+ONE_OFF = {"3D to depth 1", "2D column to row", "one of everything", "one of everything, 3D"}
 
 
 def call(

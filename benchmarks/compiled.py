@@ -1,67 +1,96 @@
-"""Compile an op's Triton kernels as its calls launch them, without a GPU, and say what ptxas made of them: `python -m benchmarks.compiled warp`.
+"""Compile an op's Triton kernels as its calls launch them, without a GPU, and read from the machine code what ptxas made of them.
 
-`benchmarks/calls_<op>.py` holds the calls. One JSON object a line: kernel, call, chip, registers, bytes of stack (spills) and of shared memory, widest
-load in bits, matrix instructions.
+`benchmarks/calls_<op>.py` holds
+
+    CALLS    name -> keyword arguments of `call`
+    call     runs the host functions of the op, forward and backward, on CPU tensors
+    MATRIX   kernel -> names of the calls whose products are large: HGMMA on sm_90, HMMA on sm_80
+    WIDE     kernel -> names of the calls whose rows are aligned: read 16 bytes at a time
+    ONE_OFF  names of the calls whose shapes only try what the JIT does with sizes of 1 and the like; left out: those with "one of everything" in them
+
+MATRIX is needed where kernels multiply matrices, WIDE may be left out.
 """
 
-import argparse
 import collections
 import importlib
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
-if os.environ.pop("TRITON_INTERPRET", None):
-    sys.stderr.write("benchmarks.compiled compiles: TRITON_INTERPRET is ignored\n")
-
+import torch
 import triton
 
+from benchmarks.harness import commit
 from benchmarks.jit_calls import compiling
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED = {80: 166912, 90: 232448}  # bytes that one program may hold
 
 
-def usage(cubin: bytes) -> dict:
-    """Registers, stack, shared memory, widest load and matrix instructions of one kernel."""
+class Code(NamedTuple):
+    """SASS of one kernel and what ptxas says of it."""
+
+    instructions: list[tuple[int, str]]  # address, text
+    registers: int
+    stack: int
+    shared: int
+
+
+def disassemble(compiled) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
-        resources, sass = (
-            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout for option in ("-res-usage", "-sass")
+        sass, usage = (
+            subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout for flag in ("-sass", "-res-usage")
         )
-    found = {"registers": r"REG:(\d+)", "stack": r"STACK:(\d+)"}
-    widths = [int(bits) for bits in re.findall(r"LDG\.E\.(?:[A-Z]+\.)*(64|128)", sass)]
-    matrix = collections.Counter(re.findall(r"\b(H?G?MMA\.[\w.]+|HGMMA\.[\w.]+|HMMA\.[\w.]+)", sass))
-    return {name: int(re.search(pattern, resources)[1]) for name, pattern in found.items()} | {
-        "widest": max(widths, default=32),
-        "matrix": dict(sorted(matrix.items())),
-    }
+    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    instructions = [(int(a, 16), text) for a, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
+    return Code(instructions, int(found["REG"]), int(found["STACK"]), compiled.metadata.shared)
 
 
-def rows(op: str, chips=(80, 90)):
-    """One row a kernel that a call launches, for each chip."""
-    calls = importlib.import_module(f"benchmarks.calls_{op}")
-    for name, options in calls.CALLS.items():
-        for chip in chips:
-            with compiling(chip) as kernels:
-                calls.call(**options)
-            for kernel, compiled in kernels:
-                row = {"op": op, "kernel": kernel, "call": name, "sm": chip, "warps": compiled.metadata.num_warps}
-                yield row | usage(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+def opcode(text: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__.partition("\n")[0])
-    parser.add_argument("op")
-    parser.add_argument("--sm", type=int, nargs="*", default=[80, 90])
-    arguments = parser.parse_args()
-    for row in rows(arguments.op, arguments.sm):
-        print(json.dumps(row), flush=True)
+def is_spill(name: str) -> bool:
+    return name.startswith(("LDL", "STL"))
 
 
-if __name__ == "__main__":
-    main()
+def is_matrix(name: str) -> bool:
+    return name.startswith(("HGMMA", "HMMA", "QGMMA", "IGMMA", "IMMA", "DMMA"))
+
+
+def calls_of(op: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.calls_{op}")
+
+
+def call_rows(op: str, name: str, chip: int) -> list[dict]:
+    """One row for each kernel that a call launches on sm_<chip>."""
+    calls = calls_of(op)
+    one_off = getattr(calls, "ONE_OFF", {call for call in calls.CALLS if "one of everything" in call})
+    with compiling(chip) as kernels:
+        calls.call(**calls.CALLS[name])
+    rows = []
+    for kernel, compiled in kernels:
+        code = disassemble(compiled)
+        names = collections.Counter(opcode(text) for _, text in code.instructions)
+        loads = [int(match[1]) for load in names if (match := re.match(r"LDG(?:STS)?\.E\.(?:\w+\.)*?(64|128)\b", load))]
+        rows.append({
+            "op": op, "kernel": kernel, "call": name, "sm": chip, "one_off": name in one_off,
+            "num_warps": compiled.metadata.num_warps, "registers": code.registers, "stack_bytes": code.stack,
+            "spills": sum(count for load, count in names.items() if is_spill(load)), "shared_bytes": code.shared, "fits": code.shared <= SHARED[chip],
+            "widest_load_bits": max(loads, default=32), "instructions": names.total(),
+            "matrix": {load: count for load, count in sorted(names.items()) if is_matrix(load)},
+        })  # fmt: skip
+    return rows
+
+
+def facts() -> dict:
+    """Versions and the commit that the numbers belong to."""
+    ptxas = subprocess.run([TOOLS / "ptxas", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release [^\n]*", ptxas)
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "ptxas": release[0] if release else ""}
+    return versions | commit("pix2rep_kernels/triton", "benchmarks/*.py")

@@ -82,8 +82,17 @@ def why_not(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:
         return f"the tensors are on {kind}, this backend needs cuda"
     if backend == "triton" and kind == "cpu" and not interpreted():
         return "the tensors are on cpu, this backend needs cuda (or TRITON_INTERPRET=1)"
-    hub = importlib.import_module(f"{HOMES[op]}.ops.{op}")
-    return hub.why_not(backend, tensors)
+    return _hub(op).why_not(backend, tensors)
+
+
+def _hub(op: str):
+    return importlib.import_module(f"{HOMES[op]}.ops.{op}")
+
+
+def why_slower(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:
+    """Why a later backend is faster on these tensors, if the hub says so by a function `why_slower(backend, tensors)`; asked for "auto" alone."""
+    hook = getattr(_hub(op), "why_slower", None)
+    return hook(backend, tensors) if hook else None
 
 
 def choose(op: str, backend: str, tensors: list[Tensor | None]) -> str:
@@ -104,11 +113,12 @@ def choose(op: str, backend: str, tensors: list[Tensor | None]) -> str:
     kind = next(t for t in tensors if t is not None).device.type
     for candidate in AUTO_ORDER.get(kind, ("reference",)):
         reason = why_not(op, candidate, tensors)
+        if reason and kind == "cuda" and candidate == "triton":
+            _warn_slow(op, reason)
+        reason = reason or (why_slower(op, candidate, tensors) if candidate != "reference" else None)
         if reason is None:
             return candidate
         log.debug("%s: %s skipped: %s", op, candidate, reason)
-        if kind == "cuda" and candidate == "triton":
-            _warn_slow(op, reason)
     raise RuntimeError(f"no backend can run {op} on {kind}")
 
 
