@@ -62,6 +62,7 @@ void compare(const Shape& s, int64_t radius, bool collapsed, bool logits, bool m
   equal(name + ", sums by 3 threads", three.sums, one.sums);
   equal(name + ", da by 3 threads", three.da, one.da), equal(name + ", db by 3 threads", three.db, one.db);
 
+  if (!kPlainLoops) return;
   const auto at = [&](bool is_last, int64_t b, int64_t p, int64_t k) { return b * K * pixels + (is_last ? p * K + k : k * pixels + p); };
   std::vector<double> probability[2], grad[2], sums(size_t(places * K * K));
   for (int m = 0; m < 2; ++m) {
