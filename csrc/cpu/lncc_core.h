@@ -20,7 +20,7 @@
 
 namespace pix2rep {
 
-constexpr int64_t kLnccBytes = int64_t(400) << 10;  // of buffers a thread fills, less than a usual L2 cache, as far as the window allows
+constexpr int64_t kLnccBytes = int64_t(768) << 10;  // of buffers a thread fills, as far as the window allows: within a usual L2 cache
 constexpr int64_t kLnccColumns = 512;               // that a box has at most
 constexpr int64_t kLnccLeast = 8;                   // rows or planes that a box is not cut below
 
@@ -52,31 +52,26 @@ struct LnccBox {
 // Sizes and places of a task's buffers; `reach`, how many radii around the box it sees, is 1 forward and 2 backward.
 template <class T>
 struct LnccPlan {
-  LnccAxis<T> axis[3];
-  int64_t radius[3], halo[3], reach, rows, planes, line;
+  int64_t taps[3], radius[3], halo[3], reach, rows, planes, line;
   int64_t parts, sums, stack, merged, weights, grad, out, end;  // in values; pixels come first
 
   LnccPlan(const LnccProblem& p, const int64_t* box, int64_t reach) : reach(reach) {
-    T count = 1;
     for (int a = 0; a < 3; ++a) {
-      const bool flat = a == 0 && !p.solid;
-      radius[a] = flat ? 0 : std::min(p.window / 2, p.size[2 + a] - 1);  // beyond it lies no pixel of the image
-      halo[a] = reach * radius[a];
-      axis[a] = {2 * radius[a] + 1, T(p.window - 2 * radius[a] - 1), T(1) / T(p.window), count};
-      if (!flat) count *= T(p.window);
+      radius[a] = a == 0 && !p.solid ? 0 : std::min(p.window / 2, p.size[2 + a] - 1);  // beyond it lies no pixel of the image
+      halo[a] = reach * radius[a], taps[a] = 2 * radius[a] + 1;
     }
     constexpr int64_t W = 64 / int64_t(sizeof(T));  // of the widest vector, which may end beyond the line's last value
     line = (box[2] + 2 * halo[2] + 2 * W - 1) / W * W;
     if (line % (4 * W) == 0) line += W;  // lines that are a power of two apart share cache sets
     rows = box[1] + 2 * halo[1];
-    planes = (reach + 1) * radius[0] + 1;
+    planes = taps[0];
     parts = planes * rows * 2 * line;
-    sums = parts + (p.solid ? axis[1].taps * 5 * line : 0);
-    stack = sums + (reach == 2 ? axis[1].taps * 5 * line : 0);
-    merged = stack + (reach == 2 && p.solid ? axis[0].taps * box[1] * 5 * line : 0);
+    sums = parts + (p.solid ? taps[1] * 5 * line : 0);
+    stack = sums + (reach == 2 ? taps[1] * 7 * line : 0);
+    merged = stack + (reach == 2 && p.solid ? taps[0] * box[1] * 7 * line : 0);
     weights = merged + 5 * line;
     out = weights + 5 * line;
-    grad = out + 5 * line;
+    grad = out + 7 * line;
     end = grad + line;
   }
 };
@@ -91,11 +86,17 @@ template <class T>
 class LnccSweep {
  public:
   LnccSweep(const LnccProblem& problem, const int64_t* largest, int64_t reach)
-      : p_(problem), kernels_(lncc_kernels<T>()), plan_(problem, largest, reach), eps_(T(problem.eps)), slots_(tap_count()), seen_(tap_count()) {
+      : p_(problem), kernels_(lncc_kernels<T>()), plan_(problem, largest, reach), eps_(T(problem.eps)), slots_(std::max(plan_.taps[0], plan_.taps[1])) {
     const size_t bytes = (size_t(plan_.end) * sizeof(T) + 63) / 64 * 64;
     memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
     if (!memory_) throw std::bad_alloc();
     std::memset(memory_.get(), 0, bytes);
+    T count = 1, k = T(problem.window);
+    for (int a = problem.solid ? 0 : 1; a < 3; ++a, count *= k) {
+      const int64_t taps = plan_.taps[a];
+      for (int64_t t = 0; t < taps; ++t) steps_[a].push_back(1 / T(t + 1)), weights_[a].push_back(count * T(t) / T(t + 1));
+      axis_[a] = {taps, steps_[a].data(), weights_[a].data(), T(taps) / k, count * T(taps) * (k - T(taps)) / k};
+    }
   }
 
   // (lncc.4) of a box into cc, a contiguous map.
@@ -107,7 +108,7 @@ class LnccSweep {
       if (centre < first(0)) continue;
       parts_end_ = first(1) - radius(1);
       for (int64_t y = first(1); y < end(1); ++y) {
-        kernels_.score(parts_of_row(centre, y, box.size[2] + 2 * radius(2)), plan_.axis[2], eps_, box.size[2], plan_.line, at(plan_.out));
+        kernels_.score(parts_of_row(centre, y, box.size[2] + 2 * radius(2)), axis_[2], eps_, box.size[2], plan_.line, at(plan_.out));
         kernels_.store[int(cc.storage)](at(plan_.out), box.size[2], cc.at(box.channel, centre, y, first(2)));
       }
     }
@@ -119,30 +120,29 @@ class LnccSweep {
     const bool both = grad_j.data != nullptr;
     const int64_t line = plan_.line, columns = box.size[2];
     const auto finish = [&](int64_t z, int64_t y) {
-      kernels_.store[int(grad_i.storage)](at(plan_.out) + 3 * line, columns, grad_i.at(box.channel, z, y, first(2)));
-      if (both) kernels_.store[int(grad_j.storage)](at(plan_.out) + 4 * line, columns, grad_j.at(box.channel, z, y, first(2)));
+      kernels_.store[int(grad_i.storage)](at(plan_.out) + 2 * line, columns, grad_i.at(box.channel, z, y, first(2)));
+      if (both) kernels_.store[int(grad_j.storage)](at(plan_.out) + 6 * line, columns, grad_j.at(box.channel, z, y, first(2)));
     };
     for (int64_t z = first(0) - 2 * radius(0); z < end(0) + 2 * radius(0); ++z) {
       read_plane(z);
       const int64_t centre = z - radius(0), done = centre - radius(0);
       if (centre < first(0) - radius(0)) continue;
       const bool exists = 0 <= centre && centre < p_.size[2];
-      if (!exists) std::memset(stacked(centre, first(1)), 0, size_t(5 * line * box.size[1]) * sizeof(T));
+      if (!exists) std::memset(stacked(centre, first(1)), 0, size_t(7 * line * box.size[1]) * sizeof(T));
       parts_end_ = first(1) - 2 * radius(1);
       for (int64_t y = first(1) - radius(1); exists && y < end(1) + radius(1); ++y) {
         sum_row(box, centre, y, both);
         const int64_t row = y - radius(1);
         if (row < first(1)) continue;
-        for (int64_t t = 0; t < plan_.axis[1].taps; ++t)
-          slots_[t] = slot(plan_.sums, row - radius(1) + t), seen_[t] = pixels(centre, row - radius(1) + t) + plan_.halo[2];
-        kernels_.gather(slots_.data(), seen_.data(), plan_.axis[1].taps, both, !p_.solid, columns, line, p_.solid ? stacked(centre, row) : at(plan_.out));
+        for (int64_t t = 0; t < plan_.taps[1]; ++t) slots_[t] = slot(plan_.sums, 7, row - radius(1) + t);
+        const T* seen = p_.solid ? nullptr : pixels(centre, row) + plan_.halo[2];
+        kernels_.gather(slots_.data(), plan_.taps[1], seen, both, columns, line, p_.solid ? stacked(centre, row) : at(plan_.out));
         if (!p_.solid) finish(centre, row);
       }
       if (!p_.solid || done < first(0)) continue;
       for (int64_t y = first(1); y < end(1); ++y) {
-        for (int64_t t = 0; t < plan_.axis[0].taps; ++t)
-          slots_[t] = stacked(done - radius(0) + t, y), seen_[t] = pixels(done - radius(0) + t, y) + plan_.halo[2];
-        kernels_.gather(slots_.data(), seen_.data(), plan_.axis[0].taps, both, true, columns, line, at(plan_.out));
+        for (int64_t t = 0; t < plan_.taps[0]; ++t) slots_[t] = stacked(done - radius(0) + t, y);
+        kernels_.gather(slots_.data(), plan_.taps[0], pixels(done, y) + plan_.halo[2], both, columns, line, at(plan_.out));
         finish(done, y);
       }
     }
@@ -153,16 +153,17 @@ class LnccSweep {
     void operator()(T* p) const { std::free(p); }
   };
 
-  int64_t tap_count() const { return std::max(plan_.axis[0].taps, plan_.axis[1].taps); }
   int64_t radius(int axis) const { return plan_.radius[axis]; }
   int64_t first(int axis) const { return box_->first[axis]; }
   int64_t end(int axis) const { return box_->first[axis] + box_->size[axis]; }
   T* at(int64_t offset) const { return memory_.get() + offset; }
 
-  // Row y of a ring of as many rows as a window has.
-  T* slot(int64_t ring, int64_t y) const { return at(ring) + (y - (first(1) - plan_.halo[1])) % plan_.axis[1].taps * 5 * plan_.line; }
+  // Row y of a ring of as many slots as a window has rows.
+  T* slot(int64_t ring, int64_t lines, int64_t y) const {
+    return at(ring) + (y - (first(1) - plan_.halo[1])) % plan_.taps[1] * lines * plan_.line;
+  }
   T* stacked(int64_t z, int64_t y) const {
-    return at(plan_.stack) + ((z - (first(0) - plan_.halo[0])) % plan_.axis[0].taps * box_->size[1] + y - first(1)) * 5 * plan_.line;
+    return at(plan_.stack) + ((z - (first(0) - plan_.halo[0])) % plan_.taps[0] * box_->size[1] + y - first(1)) * 7 * plan_.line;
   }
   T* pixels(int64_t z, int64_t y) const {
     const int64_t plane = (z - (first(0) - plan_.halo[0])) % plan_.planes;
@@ -194,36 +195,35 @@ class LnccSweep {
 
   // (lncc.8) down to the parts of row y of plane z, each a column of the windows; rows come in ascending order, `parts_end_` is the next.
   const T* parts_of_row(int64_t z, int64_t y, int64_t columns) {
-    const auto& across = plan_.axis[1];
     if (p_.solid) {
       for (; parts_end_ <= y + radius(1); ++parts_end_) {
-        for (int64_t t = 0; t < plan_.axis[0].taps; ++t) seen_[t] = pixels(z - radius(0) + t, parts_end_);
-        kernels_.pixels(seen_.data(), plan_.axis[0], columns, plan_.line, slot(plan_.parts, parts_end_));
+        for (int64_t t = 0; t < plan_.taps[0]; ++t) slots_[t] = pixels(z - radius(0) + t, parts_end_);
+        kernels_.pixels(slots_.data(), axis_[0], columns, plan_.line, slot(plan_.parts, 5, parts_end_));
       }
     }
-    for (int64_t t = 0; t < across.taps; ++t) seen_[t] = p_.solid ? slot(plan_.parts, y - radius(1) + t) : pixels(z, y - radius(1) + t);
-    (p_.solid ? kernels_.merge : kernels_.pixels)(seen_.data(), across, columns, plan_.line, at(plan_.merged));
+    for (int64_t t = 0; t < plan_.taps[1]; ++t) slots_[t] = p_.solid ? slot(plan_.parts, 5, y - radius(1) + t) : pixels(z, y - radius(1) + t);
+    (p_.solid ? kernels_.merge : kernels_.pixels)(slots_.data(), axis_[1], columns, plan_.line, at(plan_.merged));
     return at(plan_.merged);
   }
 
   // The windows of one row, summed along it.
   void sum_row(const LnccBox& box, int64_t z, int64_t y, bool both) {
     const int64_t line = plan_.line, windows = box.size[2] + 2 * radius(2), from = first(2) - radius(2);
-    T* const to = slot(plan_.sums, y);
+    T* const to = slot(plan_.sums, 7, y);
     if (y < 0 || y >= p_.size[3]) {
-      std::fill(to, to + 5 * line, T(0));
+      std::fill(to, to + 7 * line, T(0));
       return;
     }
     const T* parts = parts_of_row(z, y, windows + 2 * radius(2));
     T *const weights = at(plan_.weights), *const grad = at(plan_.grad);
     read(p_.grad_cc, z, y, from, windows, grad);
-    kernels_.weigh(parts, plan_.axis[2], eps_, grad, both, windows, line, weights);
+    kernels_.weigh(parts, axis_[2], eps_, grad, both, windows, line, weights);
     const int64_t left = std::clamp<int64_t>(-from, 0, windows), right = std::clamp<int64_t>(p_.size[4] - from, left, windows);
     for (int64_t q = 0; q < 5; ++q) {
       std::fill(weights + q * line, weights + q * line + left, T(0));
       std::fill(weights + q * line + right, weights + q * line + windows, T(0));
     }
-    kernels_.spread(weights, plan_.axis[2].taps, pixels(z, y) + plan_.halo[2], both, box.size[2], line, to);
+    kernels_.spread(weights, plan_.taps[2], both, box.size[2], line, to);
   }
 
   const LnccProblem& p_;
@@ -231,7 +231,9 @@ class LnccSweep {
   const LnccPlan<T> plan_;
   const T eps_;
   std::unique_ptr<T, Free> memory_;
-  std::vector<const T*> slots_, seen_;
+  std::vector<T> steps_[3], weights_[3];
+  LnccAxis<T> axis_[3] = {};
+  std::vector<const T*> slots_;
   const LnccBox* box_ = nullptr;
   int64_t parts_end_ = 0;
 };

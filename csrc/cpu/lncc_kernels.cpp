@@ -75,20 +75,22 @@ struct Parts {
   Vec<T> mean_i, mean_j, ii, jj, ij;
 };
 
-// (lncc.8). part(tap, quantity) reads; the middle part is the pivot, so that a flat window has no variance at all.
+// (lncc.8), where part(tap, quantity) reads.
 template <bool Pixels, class T, class Part>
 static inline Parts<T> merged(const LnccAxis<T>& axis, Part part) {
   using V = Vec<T>;
-  const V zero = broadcast(T(0)), i0 = part(axis.taps / 2, 0), j0 = part(axis.taps / 2, 1);
-  V di = -axis.rest * i0, dj = -axis.rest * j0;
-  V dii = -di * i0, djj = -dj * j0, dij = -di * j0, ii = zero, jj = zero, ij = zero;
+  V i = broadcast(T(0)), j = i, ii = i, jj = i, ij = i;
   for (int64_t t = 0; t < axis.taps; ++t) {
-    const V i = part(t, 0) - i0, j = part(t, 1) - j0;
-    di += i, dj += j, dii += i * i, djj += j * j, dij += i * j;
+    const V di = part(t, 0) - i, dj = part(t, 1) - j;
+    i += axis.step[t] * di, j += axis.step[t] * dj;
+    ii += axis.weight[t] * (di * di), jj += axis.weight[t] * (dj * dj), ij += axis.weight[t] * (di * dj);
     if (!Pixels) ii += part(t, 2), jj += part(t, 3), ij += part(t, 4);
   }
-  const T n = axis.inverse, c = axis.count;
-  return {i0 + di * n, j0 + dj * n, ii + c * (dii - di * di * n), jj + c * (djj - dj * dj * n), ij + c * (dij - di * dj * n)};
+  if (axis.outside > 0) {
+    ii += axis.outside * (i * i), jj += axis.outside * (j * j), ij += axis.outside * (i * j);
+    i *= axis.inside, j *= axis.inside;
+  }
+  return {i, j, ii, jj, ij};
 }
 
 template <bool Pixels, class T>
@@ -102,7 +104,11 @@ void merge_slots(const T* const* slots, const LnccAxis<T>& axis, int64_t n, int6
 
 template <class T>
 static inline Parts<T> window(const T* parts, const LnccAxis<T>& axis, int64_t line) {
-  return merged<false, T>(axis, [&](int64_t t, int q) { return load(parts + q * line + t); });
+  Parts<T> p = merged<false, T>(axis, [&](int64_t t, int q) { return load(parts + q * line + t); });
+  // An infinite sum, of infinite pixels or of squares beyond the type, is lost: NaN, as the difference in (lncc.3) would be.
+  const Vec<T> lost_i = p.ii - p.ii, lost_j = p.jj - p.jj;
+  p.ii += lost_i, p.jj += lost_j, p.ij += lost_i + lost_j;
+  return p;
 }
 
 // max(x, e); NaN stays.
@@ -131,8 +137,8 @@ static inline void weigh_line(const T* parts, const LnccAxis<T>& axis, T eps, co
     const V g = T(2) * load(grad_cc + x) * ((c * by_v) * (c * by_w));  // (lncc.5)
     store(weights + x, p.ij <= e ? zero : g / c);
     store(weights + line + x, p.ii <= e ? zero : -g * by_v);
-    if (Both) store(weights + 2 * line + x, p.jj <= e ? zero : -g * by_w);
-    store(weights + 3 * line + x, p.mean_i), store(weights + 4 * line + x, p.mean_j);
+    store(weights + 2 * line + x, p.mean_i), store(weights + 3 * line + x, p.mean_j);
+    if (Both) store(weights + 4 * line + x, p.jj <= e ? zero : -g * by_w);
   }
 }
 
@@ -141,12 +147,12 @@ void weigh(const T* parts, const LnccAxis<T>& axis, T eps, const T* grad_cc, boo
   both ? weigh_line<true>(parts, axis, eps, grad_cc, n, line, weights) : weigh_line<false>(parts, axis, eps, grad_cc, n, line, weights);
 }
 
-// Sums over windows as they are seen from the pixels (i0, j0).
+// Sums over windows, seen from (i0, j0).
 template <bool Both, class T>
 struct Sums {
-  Vec<T> a, b, b_j, di, dj;
+  Vec<T> a, b, di, b_j, dj;
 
-  // A window, or a sum over windows that is seen from the pixels (i, j), has the weights `a`, `b`, `b_j` and sees (i0, j0) this far off.
+  // A window, or a sum of windows, with these weights, seen from where (i0, j0) is (i, j) away.
   void add(Vec<T> more_a, Vec<T> more_b, Vec<T> more_b_j, Vec<T> i, Vec<T> j) {
     a += more_a, b += more_b;
     di += more_a * j, di += more_b * i;
@@ -155,51 +161,52 @@ struct Sums {
 };
 
 template <bool Both, class T>
-static inline void spread_line(const T* weights, int64_t taps, const T* pixels, int64_t n, int64_t line, T* sums) {
+static inline void spread_line(const T* weights, int64_t taps, int64_t n, int64_t line, T* sums) {
   using V = Vec<T>;
   const V zero = broadcast(T(0));
   for (int64_t x = 0; x < n; x += Simd<T>::width) {
-    const V i = load(pixels + x), j = load(pixels + line + x);
+    const T* middle = weights + x + taps / 2;
+    const V i = load(middle + 2 * line), j = load(middle + 3 * line);
     Sums<Both, T> s{zero, zero, zero, zero, zero};
     for (int64_t t = 0; t < taps; ++t) {
       const T* w = weights + x + t;
-      s.add(load(w), load(w + line), Both ? load(w + 2 * line) : zero, i - load(w + 3 * line), j - load(w + 4 * line));
+      s.add(load(w), load(w + line), Both ? load(w + 4 * line) : zero, i - load(w + 2 * line), j - load(w + 3 * line));
     }
-    store(sums + x, s.a), store(sums + line + x, s.b), store(sums + 3 * line + x, s.di);
-    if (Both) store(sums + 2 * line + x, s.b_j), store(sums + 4 * line + x, s.dj);
+    store(sums + x, s.a), store(sums + line + x, s.b), store(sums + 2 * line + x, s.di), store(sums + 3 * line + x, i), store(sums + 4 * line + x, j);
+    if (Both) store(sums + 5 * line + x, s.b_j), store(sums + 6 * line + x, s.dj);
   }
 }
 
 template <class T>
-void spread(const T* weights, int64_t taps, const T* pixels, bool both, int64_t n, int64_t line, T* sums) {
-  both ? spread_line<true>(weights, taps, pixels, n, line, sums) : spread_line<false>(weights, taps, pixels, n, line, sums);
+void spread(const T* weights, int64_t taps, bool both, int64_t n, int64_t line, T* sums) {
+  both ? spread_line<true>(weights, taps, n, line, sums) : spread_line<false>(weights, taps, n, line, sums);
 }
 
 template <bool Both, class T>
-static inline void gather_line(const T* const* sums, const T* const* pixels, int64_t taps, bool last, int64_t n, int64_t line, T* out) {
+static inline void gather_line(const T* const* sums, int64_t taps, const T* pixels, int64_t n, int64_t line, T* out) {
   using V = Vec<T>;
   const V zero = broadcast(T(0));
-  const T* middle = pixels[taps / 2];
+  const T* from = pixels ? pixels : sums[taps / 2] + 3 * line;
   for (int64_t x = 0; x < n; x += Simd<T>::width) {
-    const V i = load(middle + x), j = load(middle + line + x);
+    const V i = load(from + x), j = load(from + line + x);
     Sums<Both, T> s{zero, zero, zero, zero, zero};
     for (int64_t t = 0; t < taps; ++t) {
-      const T *from = sums[t] + x, *seen = pixels[t] + x;
-      s.add(load(from), load(from + line), Both ? load(from + 2 * line) : zero, i - load(seen), j - load(seen + line));
-      s.di += load(from + 3 * line);
-      if (Both) s.dj += load(from + 4 * line);
+      const T* w = sums[t] + x;
+      s.add(load(w), load(w + line), Both ? load(w + 5 * line) : zero, i - load(w + 3 * line), j - load(w + 4 * line));
+      s.di += load(w + 2 * line);
+      if (Both) s.dj += load(w + 6 * line);
     }
-    store(out + 3 * line + x, s.di);
-    if (Both) store(out + 4 * line + x, s.dj);
-    if (last) continue;
-    store(out + x, s.a), store(out + line + x, s.b);
-    if (Both) store(out + 2 * line + x, s.b_j);
+    store(out + 2 * line + x, s.di);
+    if (Both) store(out + 6 * line + x, s.dj);
+    if (pixels) continue;
+    store(out + x, s.a), store(out + line + x, s.b), store(out + 3 * line + x, i), store(out + 4 * line + x, j);
+    if (Both) store(out + 5 * line + x, s.b_j);
   }
 }
 
 template <class T>
-void gather(const T* const* sums, const T* const* pixels, int64_t taps, bool both, bool last, int64_t n, int64_t line, T* out) {
-  both ? gather_line<true>(sums, pixels, taps, last, n, line, out) : gather_line<false>(sums, pixels, taps, last, n, line, out);
+void gather(const T* const* sums, int64_t taps, const T* pixels, bool both, int64_t n, int64_t line, T* out) {
+  both ? gather_line<true>(sums, taps, pixels, n, line, out) : gather_line<false>(sums, taps, pixels, n, line, out);
 }
 
 template <class T>

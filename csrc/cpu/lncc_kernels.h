@@ -2,8 +2,8 @@
 //
 //   pixels   I, J
 //   parts    mean I, mean J, centred sums II, JJ, IJ            of one part of a window                        (lncc.8)
-//   weights  A, 2 B, 2 B', mean I, mean J                       of one window, 0 where there is none           (lncc.5)
-//   sums     of A, 2 B, 2 B', and the partial dI, dJ            over windows, seen from one pixel              (lncc.9)
+//   weights  A, 2 B, mean I, mean J, 2 B'                       of one window, 0 where there is none           (lncc.5)
+//   sums     of A and 2 B, partial dI, mean I, mean J, sum of 2 B', partial dJ   over windows, seen from those means   (lncc.9)
 //
 // Every kernel makes n values a line and may write up to a vector more; with `both` off nothing of B' and dJ is made.
 #pragma once
@@ -14,11 +14,12 @@ namespace pix2rep {
 
 enum class Storage { f16, bf16, f32, f64 };
 
-// One axis of a window of k parts, each of `count` pixels: `taps` side by side, and `rest` that lie outside the image wherever the window is.
+// One axis of a window of k parts: `taps` side by side, merged one after the other, and the others outside the image wherever the window is.
 template <class T>
 struct LnccAxis {
   int64_t taps;
-  T rest, inverse, count;  // inverse: 1 / k
+  const T *step, *weight;  // [taps]: 1 / (t + 1) and c t / (t + 1) of (lncc.8), c being the pixels of a part
+  T inside, outside;       // taps / k, and c taps (k - taps) / k
 };
 
 template <class T>
@@ -31,10 +32,10 @@ struct LnccKernels {
   // Windows of parts side by side, from `parts` on: cc, or the weights.
   void (*score)(const T* parts, const LnccAxis<T>&, T eps, int64_t n, int64_t line, T* cc);
   void (*weigh)(const T* parts, const LnccAxis<T>&, T eps, const T* grad_cc, bool both, int64_t n, int64_t line, T* weights);
-  // Sums over windows side by side, seen from the pixels in the middle.
-  void (*spread)(const T* weights, int64_t taps, const T* pixels, bool both, int64_t n, int64_t line, T* sums);
-  // Sums of sums one below the other, each seen from its own pixels, now from the pixels of the middle; `last`: dI and dJ alone.
-  void (*gather)(const T* const* sums, const T* const* pixels, int64_t taps, bool both, bool last, int64_t n, int64_t line, T* out);
+  // Sums over windows side by side, seen from the mean of the one in the middle.
+  void (*spread)(const T* weights, int64_t taps, bool both, int64_t n, int64_t line, T* sums);
+  // Sums of sums one below the other, seen from the means of the middle; or from the pixels, and then dI and dJ alone.
+  void (*gather)(const T* const* sums, int64_t taps, const T* pixels, bool both, int64_t n, int64_t line, T* out);
 };
 
 #define PIX2REP_LNCC_TABLES                   \
