@@ -37,6 +37,8 @@ def backward(grad_cc, i, j, window, eps, need_i, need_j) -> tuple[Tensor, Tensor
 
 def box(x: Tensor, window: int) -> Tensor:
     """Sum over the window around each pixel of x [B, C, *S], zero-padded, axis by axis."""
+    if x.numel() == 0:
+        return x
     for axis in range(2, x.ndim):
         padded = F.pad(x.movedim(axis, -1), (window // 2, window // 2))
         x = padded.unfold(-1, window, 1).sum(-1).movedim(-1, axis)

@@ -19,48 +19,56 @@ LANES = 270336  # that an H200 holds at once
 
 
 @triton.jit
+def _add(window, size, a, b, di, b_j, dj, mean_i, mean_j, mask, BOTH: tl.constexpr):
+    """(lncc.9): one more window, seen from (mean_i, mean_j); it weighs nothing where it does not exist."""
+    wa = tl.load(window, mask=mask, other=0)
+    wb = tl.load(window + size, mask=mask, other=0)
+    off_i = mean_i - tl.load(window + 2 * size, mask=mask, other=0)
+    off_j = mean_j - tl.load(window + 3 * size, mask=mask, other=0)
+    di += wa * off_j + wb * off_i
+    if BOTH:
+        wb_j = tl.load(window + 4 * size, mask=mask, other=0)
+        dj += wa * off_i + wb_j * off_j
+        b_j += wb_j
+    return a + wa, b + wb, di, b_j, dj
+
+
+@triton.jit
 def _seen(
-    weights, i, j, ok, z, y, x, L, H, W, size, i_z, j_z,
-    BOTH: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr, K: tl.constexpr,
+    weights, ok, z, y, x, L, H, W, size,
+    BOTH: tl.constexpr, KZ: tl.constexpr, KY: tl.constexpr, K: tl.constexpr, UNROLLED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(lncc.9) over the KZ x KY x K windows around (z, y, x), seen from that pixel: it, the sums of A, 2 B, 2 B', and the partial dI, dJ."""
-    i0, j0 = pixel(i, ok, z, L, i_z), pixel(j, ok, z, L, j_z)
-    zero = tl.zeros_like(i0)
-    a, b, b_j, di, dj = zero, zero, zero, zero, zero
+    """The means of the window around (z, y, x), and of the KZ x KY x K windows around it the sums of A and 2 B, dI seen from those means, sum of 2 B', dJ."""
+    here = ok & (z >= 0) & (z < L)
+    own = weights + tl.cast(z, tl.int64) * H * W
+    mean_i, mean_j = tl.load(own + 2 * size, mask=here, other=0), tl.load(own + 3 * size, mask=here, other=0)
+    zero = tl.zeros([BLOCK], tl.float32)
+    a, b, di, b_j, dj = zero, zero, zero, zero, zero
     for row in range(KZ * KY):
         dz, dy = row // KY - KZ // 2, row % KY - KY // 2
         inside = ok & (z + dz >= 0) & (z + dz < L) & (y + dy >= 0) & (y + dy < H)
-        w = weights + (tl.cast(z + dz, tl.int64) * H + dy) * W
-        row_a, row_b, row_b_j, row_di, row_dj = zero, zero, zero, zero, zero  # by itself: fewer roundings than one long sum
-        for column in range(K):
-            dx = column - K // 2
-            mask = inside & (x + dx >= 0) & (x + dx < W)
-            wa = tl.load(w + dx, mask=mask, other=0)
-            wb = tl.load(w + size + dx, mask=mask, other=0)
-            off_i = tl.where(mask, i0 - tl.load(w + 2 * size + dx, mask=mask, other=0), 0.0)
-            off_j = tl.where(mask, j0 - tl.load(w + 3 * size + dx, mask=mask, other=0), 0.0)
-            row_a += wa
-            row_b += wb
-            row_di += wa * off_j + wb * off_i
-            if BOTH:
-                wb_j = tl.load(w + 4 * size + dx, mask=mask, other=0)
-                row_b_j += wb_j
-                row_dj += wa * off_i + wb_j * off_j
-        a += row_a
-        b += row_b
-        b_j += row_b_j
-        di += row_di
-        dj += row_dj
-    return i0, j0, a, b, di, b_j, dj
+        first = weights + (tl.cast(z + dz, tl.int64) * H + dy) * W - K // 2
+        # By itself: fewer roundings than one long sum.
+        row_a, row_b, row_di, row_b_j, row_dj = zero, zero, zero, zero, zero
+        if UNROLLED:
+            for t in tl.static_range(K):
+                mask = inside & (x + (t - K // 2) >= 0) & (x + (t - K // 2) < W)
+                row_a, row_b, row_di, row_b_j, row_dj = _add(first + t, size, row_a, row_b, row_di, row_b_j, row_dj, mean_i, mean_j, mask, BOTH)
+        else:
+            for t in range(K):
+                mask = inside & (x + (t - K // 2) >= 0) & (x + (t - K // 2) < W)
+                row_a, row_b, row_di, row_b_j, row_dj = _add(first + t, size, row_a, row_b, row_di, row_b_j, row_dj, mean_i, mean_j, mask, BOTH)
+        a, b, di, b_j, dj = a + row_a, b + row_b, di + row_di, b_j + row_b_j, dj + row_dj
+    return mean_i, mean_j, a, b, di, b_j, dj
 
 
 @triton.jit
 def lncc_sums_kernel(
     weights, i, j, grad_i, grad_j, C, L, H, W, N, i_b, i_c, i_z, i_y, i_x, j_b, j_c, j_z, j_y, j_x,
-    BOTH: tl.constexpr, K: tl.constexpr, KY: tl.constexpr, RING: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    BOTH: tl.constexpr, K: tl.constexpr, KY: tl.constexpr, RING: tl.constexpr, UNROLLED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dI, and with BOTH dJ, by (lncc.9): sums of each plane are seen from its own pixel, and then from the pixel in the middle."""
-    P = H * W
+    """dI, and with BOTH dJ, by (lncc.9): the sums of each step are seen from the mean in its middle, and then from the pixel."""
+    P = tl.cast(H, tl.int64) * W
     start, ok, place, image, channel, y, x = columns(P, W, C, L, N, CHUNK, BLOCK)
     i = at(i, image, channel, y, x, i_b, i_c, i_y, i_x)
     j = at(j, image, channel, y, x, j_b, j_c, j_y, j_x)
@@ -70,19 +78,19 @@ def lncc_sums_kernel(
     ring = (tl.zeros([BLOCK], tl.float32),) * (FEW * RING)
     for step in range(tl.minimum(L - start, CHUNK) + RING - 1):
         z = start + step - RING // 2
-        ring = ring[FEW:] + _seen(weights + place, i, j, ok, z, y, x, L, H, W, size, i_z, j_z, BOTH, KZ, KY, K)[:FEW]
+        ring = ring[FEW:] + _seen(weights + place, ok, z, y, x, L, H, W, size, BOTH, KZ, KY, K, UNROLLED, BLOCK)[:FEW]
         centre = z - RING // 2
         if centre >= start:
-            i0, j0 = ring[RING // 2 * FEW], ring[RING // 2 * FEW + 1]
-            di = tl.zeros_like(i0)
+            pixel_i, pixel_j = pixel(i, ok, centre, L, i_z), pixel(j, ok, centre, L, j_z)
+            di = tl.zeros([BLOCK], tl.float32)
             dj = di
             for t in tl.static_range(RING):
-                off_i = i0 - ring[t * FEW]
-                off_j = j0 - ring[t * FEW + 1]
+                off_i = pixel_i - ring[t * FEW]
+                off_j = pixel_j - ring[t * FEW + 1]
                 di += ring[t * FEW + 2] * off_j + ring[t * FEW + 3] * off_i + ring[t * FEW + 4]
                 if BOTH:
                     dj += ring[t * FEW + 2] * off_i + ring[t * FEW + 5] * off_j + ring[t * FEW + 6]
-            to = place + tl.cast(centre, tl.int64) * P
+            to = place + centre * P
             tl.store(grad_i + to, di.to(grad_i.dtype.element_ty), mask=ok)
             if BOTH:
                 tl.store(grad_j + to, dj.to(grad_j.dtype.element_ty), mask=ok)
@@ -99,7 +107,8 @@ def _walk(i, window) -> tuple[tuple, dict, int]:
     while chunk < 64 and 2 * chunk <= length and lanes * length > 2 * chunk * LANES:
         chunk *= 2
     options = {
-        "K": window, "KY": window if len(plane) == 2 else 1, "RING": ring, "CHUNK": chunk, "BLOCK": BLOCK, "num_warps": WARPS
+        "K": window, "KY": window if len(plane) == 2 else 1, "RING": ring, "UNROLLED": window <= LARGEST_RING, "CHUNK": chunk, "BLOCK": BLOCK,
+        "num_warps": WARPS,
     }  # fmt: skip
     return (channels, length, height, width, lanes), options, triton.cdiv(lanes, BLOCK) * triton.cdiv(length, chunk)
 

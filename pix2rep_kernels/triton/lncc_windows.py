@@ -17,11 +17,11 @@ def columns(P, W, C, L, N, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     ok = n < N
     n = tl.where(ok, n, 0)
     channel = n // P
-    p = (n - channel * P).to(tl.int32)
+    p = n - channel * P
     place = channel * L * P + p
     image = channel // C
     y = p // W
-    return start, ok, place, image, channel - image * C, y, p - y * W
+    return start, ok, place, image, channel - image * C, y.to(tl.int32), (p - y * W).to(tl.int32)
 
 
 @triton.jit
@@ -36,78 +36,72 @@ def pixel(x, ok, z, L, stride):
 
 
 @triton.jit
-def _row(i, j, i0, j0, inside, x, W, i_x, j_x, K: tl.constexpr):
-    """(lncc.8) of the K pixels around x, less the pivot (i0, j0): means, centred sums II, JJ, IJ."""
-    di = tl.zeros_like(i0)
-    dj, dii, djj, dij = di, di, di, di
-    for column in range(K):
-        dx = column - K // 2
-        mask = inside & (x + dx >= 0) & (x + dx < W)
-        pi = tl.load(i + tl.cast(dx, tl.int64) * i_x, mask=mask, other=0).to(tl.float32) - i0
-        pj = tl.load(j + tl.cast(dx, tl.int64) * j_x, mask=mask, other=0).to(tl.float32) - j0
-        di += pi
-        dj += pj
-        dii += pi * pi
-        djj += pj * pj
-        dij += pi * pj
-    n: tl.constexpr = 1.0 / K
-    return di * n, dj * n, dii - di * di * n, djj - dj * dj * n, dij - di * dj * n
+def _merge(mean_i, mean_j, v, w, c, i, j, step, weight):
+    """(lncc.8): one more part of means i and j, whose centred sums v, w and c hold already."""
+    i -= mean_i
+    j -= mean_j
+    return mean_i + i * step, mean_j + j * step, v + weight * (i * i), w + weight * (j * j), c + weight * (i * j)
+
+
+@triton.jit
+def _pixels(i, j, mean_i, mean_j, v, w, c, inside, x, W, i_x, j_x, t, step, weight, K: tl.constexpr):
+    """Pixel t of a row of K around x."""
+    dx = t - K // 2
+    mask = inside & (x + dx >= 0) & (x + dx < W)
+    i = tl.load(i + tl.cast(dx, tl.int64) * i_x, mask=mask, other=0).to(tl.float32)
+    j = tl.load(j + tl.cast(dx, tl.int64) * j_x, mask=mask, other=0).to(tl.float32)
+    return _merge(mean_i, mean_j, v, w, c, i, j, step, weight)
+
+
+@triton.jit
+def _row(i, j, inside, x, W, i_x, j_x, K: tl.constexpr, UNROLLED: tl.constexpr, BLOCK: tl.constexpr):
+    """(lncc.8) of the K pixels around x: means, centred sums II, JJ, IJ."""
+    mean_i = tl.zeros([BLOCK], tl.float32)
+    mean_j, v, w, c = mean_i, mean_i, mean_i, mean_i
+    if UNROLLED:
+        for t in tl.static_range(K):
+            mean_i, mean_j, v, w, c = _pixels(i, j, mean_i, mean_j, v, w, c, inside, x, W, i_x, j_x, t, 1.0 / (t + 1), t / (t + 1.0), K)
+    else:
+        for t in range(K):
+            step = 1.0 / (t + 1)
+            mean_i, mean_j, v, w, c = _pixels(i, j, mean_i, mean_j, v, w, c, inside, x, W, i_x, j_x, t, step, t * step, K)
+    return mean_i, mean_j, v, w, c
 
 
 @triton.jit
 def _part(
     i, j, ok, z, y, x, L, H, W, i_z, i_y, i_x, j_z, j_y, j_x,
-    KZ: tl.constexpr, KY: tl.constexpr, K: tl.constexpr,
+    KZ: tl.constexpr, KY: tl.constexpr, K: tl.constexpr, UNROLLED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(lncc.8) of the KZ x KY x K pixels around (z, y, x), that pixel being the pivot: means, centred sums II, JJ, IJ."""
-    i0, j0 = pixel(i, ok, z, L, i_z), pixel(j, ok, z, L, j_z)
+    """(lncc.8) of the KZ x KY x K pixels around (z, y, x): means, centred sums II, JJ, IJ."""
     if KZ * KY == 1:
-        di, dj, v, w, c = _row(i + tl.cast(z, tl.int64) * i_z, j + tl.cast(z, tl.int64) * j_z, i0, j0, ok & (z >= 0) & (z < L), x, W, i_x, j_x, K)
-        return i0 + di, j0 + dj, v, w, c
+        here = ok & (z >= 0) & (z < L)
+        return _row(i + tl.cast(z, tl.int64) * i_z, j + tl.cast(z, tl.int64) * j_z, here, x, W, i_x, j_x, K, UNROLLED, BLOCK)
     else:
-        di = tl.zeros_like(i0)
-        dj, dii, djj, dij, v, w, c = di, di, di, di, di, di, di
+        mean_i = tl.zeros([BLOCK], tl.float32)
+        mean_j, v, w, c = mean_i, mean_i, mean_i, mean_i
         for row in range(KZ * KY):
             dz, dy = row // KY - KZ // 2, row % KY - KY // 2
             inside = ok & (z + dz >= 0) & (z + dz < L) & (y + dy >= 0) & (y + dy < H)
             i_row = i + tl.cast(z + dz, tl.int64) * i_z + tl.cast(dy, tl.int64) * i_y
             j_row = j + tl.cast(z + dz, tl.int64) * j_z + tl.cast(dy, tl.int64) * j_y
-            # The row's own pixel is nearer to it than the pivot is.
-            own_i, own_j = tl.load(i_row, mask=inside, other=0).to(tl.float32), tl.load(j_row, mask=inside, other=0).to(tl.float32)
-            pi, pj, row_v, row_w, row_c = _row(i_row, j_row, own_i, own_j, inside, x, W, i_x, j_x, K)
-            pi += own_i - i0
-            pj += own_j - j0
-            di += pi
-            dj += pj
-            dii += pi * pi
-            djj += pj * pj
-            dij += pi * pj
-            v += row_v
-            w += row_w
-            c += row_c
-        n: tl.constexpr = 1.0 / (KZ * KY)
-        return i0 + di * n, j0 + dj * n, v + K * (dii - di * di * n), w + K * (djj - dj * dj * n), c + K * (dij - di * dj * n)
+            row_i, row_j, row_v, row_w, row_c = _row(i_row, j_row, inside, x, W, i_x, j_x, K, UNROLLED, BLOCK)
+            step = 1.0 / (row + 1)
+            mean_i, mean_j, v, w, c = _merge(mean_i, mean_j, v + row_v, w + row_w, c + row_c, row_i, row_j, step, K * row * step)
+        return mean_i, mean_j, v, w, c
 
 
 @triton.jit
 def _merged(ring, COUNT: tl.constexpr, K: tl.constexpr):
-    """(lncc.8) of the K parts in the ring, each of COUNT pixels; the part in the middle is the pivot."""
-    i0, j0 = ring[K // 2 * 5], ring[K // 2 * 5 + 1]
-    di = tl.zeros_like(i0)
-    dj, dii, djj, dij, ii, jj, ij = di, di, di, di, di, di, di
-    for t in tl.static_range(K):
-        pi = ring[t * 5] - i0
-        pj = ring[t * 5 + 1] - j0
-        di += pi
-        dj += pj
-        dii += pi * pi
-        djj += pj * pj
-        dij += pi * pj
-        ii += ring[t * 5 + 2]
-        jj += ring[t * 5 + 3]
-        ij += ring[t * 5 + 4]
-    n: tl.constexpr = 1.0 / K
-    return i0 + di * n, j0 + dj * n, ii + COUNT * (dii - di * di * n), jj + COUNT * (djj - dj * dj * n), ij + COUNT * (dij - di * dj * n)
+    """(lncc.8) of the K parts in the ring, each of COUNT pixels."""
+    mean_i, mean_j, v, w, c = ring[0], ring[1], ring[2], ring[3], ring[4]
+    for t in tl.static_range(1, K):
+        v += ring[t * 5 + 2]
+        w += ring[t * 5 + 3]
+        c += ring[t * 5 + 4]
+        mean_i, mean_j, v, w, c = _merge(mean_i, mean_j, v, w, c, ring[t * 5], ring[t * 5 + 1], 1.0 / (t + 1), COUNT * t / (t + 1.0))
+    lost_i, lost_j = v - v, w - w  # NaN where the sums were infinite, as the differences in (lncc.2-3) would be
+    return mean_i, mean_j, v + lost_i, w + lost_j, c + (lost_i + lost_j)
 
 
 @triton.jit
@@ -119,10 +113,11 @@ def _clamped(x, eps):
 @triton.jit
 def lncc_windows_kernel(
     i, j, grad_cc, out, eps, C, L, H, W, N, i_b, i_c, i_z, i_y, i_x, j_b, j_c, j_z, j_y, j_x, g_b, g_c, g_z, g_y, g_x,
-    WEIGHTS: tl.constexpr, BOTH: tl.constexpr, K: tl.constexpr, KY: tl.constexpr, RING: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTS: tl.constexpr, BOTH: tl.constexpr, K: tl.constexpr, KY: tl.constexpr, RING: tl.constexpr, UNROLLED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """cc (lncc.4); or with WEIGHTS the maps A, 2 B, mean I, mean J and with BOTH 2 B' of every window (lncc.5), one after the other."""
-    P = H * W
+    P = tl.cast(H, tl.int64) * W
     start, ok, place, image, channel, y, x = columns(P, W, C, L, N, CHUNK, BLOCK)
     i = at(i, image, channel, y, x, i_b, i_c, i_y, i_x)
     j = at(j, image, channel, y, x, j_b, j_c, j_y, j_x)
@@ -132,11 +127,11 @@ def lncc_windows_kernel(
     ring = (tl.zeros([BLOCK], tl.float32),) * (5 * RING)
     for step in range(tl.minimum(L - start, CHUNK) + RING - 1):
         z = start + step - RING // 2
-        ring = ring[5:] + _part(i, j, ok, z, y, x, L, H, W, i_z, i_y, i_x, j_z, j_y, j_x, KZ, KY, K)
+        ring = ring[5:] + _part(i, j, ok, z, y, x, L, H, W, i_z, i_y, i_x, j_z, j_y, j_x, KZ, KY, K, UNROLLED, BLOCK)
         centre = z - RING // 2
         if centre >= start:
             mean_i, mean_j, v, w, c = _merged(ring, KZ * KY * K, RING)
-            to = out + place + tl.cast(centre, tl.int64) * P
+            to = out + place + centre * P
             top, by_i, by_j = _clamped(c, eps), _clamped(v, eps), _clamped(w, eps)
             if WEIGHTS:
                 cc = (top / by_i) * (top / by_j) * (2 * pixel(g, ok, centre, L, g_z))
