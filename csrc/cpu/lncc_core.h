@@ -22,7 +22,8 @@ namespace pix2rep {
 
 constexpr int64_t kLnccBytes = int64_t(768) << 10;  // of buffers a thread fills, as far as the window allows: within a usual L2 cache
 constexpr int64_t kLnccColumns = 512;               // that a box has at most
-constexpr int64_t kLnccLeast = 8;                   // rows or planes that a box is not cut below
+constexpr int64_t kLnccNarrow = 128;                // columns that a box is not cut below for the cache,
+constexpr int64_t kLnccLeast = 8;                   // nor rows or planes below
 
 inline int64_t bytes_of(Storage storage) { return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2; }
 
@@ -246,7 +247,9 @@ void lncc_boxes(const LnccProblem& p, int64_t reach, int64_t workers, int64_t* b
   const auto cut = [&](int axis) { box[axis] = std::min(share(axis, pieces(axis) + 1), box[axis] - 1); };
   std::copy(p.size + 2, p.size + 5, box);
   box[2] = share(2, (box[2] + kLnccColumns - 1) / kLnccColumns);
-  while (box[1] > kLnccLeast && LnccPlan<T>(p, box, reach).end * int64_t(sizeof(T)) > kLnccBytes) cut(1);
+  const auto cuttable = [&](int axis) { return box[axis] > (axis == 2 ? kLnccNarrow : kLnccLeast); };
+  while ((cuttable(1) || cuttable(2)) && LnccPlan<T>(p, box, reach).end * int64_t(sizeof(T)) > kLnccBytes)
+    cut(cuttable(2) && (box[2] > box[1] || !cuttable(1)) ? 2 : 1);
   const int64_t least = kLnccLeast + 2 * reach * (p.window / 2);
   for (int axis : {1, 0})
     while (workers > 1 && p.size[0] * p.size[1] * pieces(0) * pieces(1) * pieces(2) < 2 * workers && box[axis] > least) cut(axis);
