@@ -13,7 +13,7 @@
 
 namespace pix2rep {
 
-constexpr int64_t kTileBytes = int64_t(48) << 10;     // of probabilities of one map
+constexpr int64_t kTileBytes = int64_t(64) << 10;     // of probabilities of one map
 constexpr int64_t kScratchBytes = int64_t(4) << 20;   // of probabilities of a few images, one at least
 constexpr int64_t kSumBytes = int64_t(512) << 10;     // of the sums that one task keeps, over displacements
 constexpr int64_t kMaxChunks = 64, kChunkPixels = 4096, kFlush = 32;  // kFlush: tiles between float and double sums
@@ -103,8 +103,14 @@ struct Joint {
     line.runs(begin, end, [&](int64_t z, int64_t y, int64_t x, int64_t at, int64_t run) {
       const char* from = map.data + image * map.batch_stride + z * map.stride[0] + y * map.stride[1] + x * map.stride[2];
       if (probabilities) map.run(from, map.channel_stride, map.stride[2], clusters, run, out + at - begin, ld);
-      const bool* flags = kept ? kept + (z * line.size[1] + y) * line.size[2] + x : nullptr;
-      for (int64_t i = 0; i < run; ++i) held += valid[at - begin + i] = !flags || flags[i];
+      T* const to = valid + at - begin;
+      if (!kept) {
+        std::fill_n(to, run, T(1)), held += run;
+        return;
+      }
+      const bool* flags = kept + (z * line.size[1] + y) * line.size[2] + x;
+      for (int64_t i = 0; i < run; ++i) to[i] = T(flags[i]);
+      held += std::count(flags, flags + run, true);
     });
     if (!probabilities) return held == count;
     if (logits) kernels.softmax(out, ld, clusters, count);
