@@ -21,6 +21,9 @@ CALLS = {
     "K=10, 3D, radius 1, each": {"clusters": 10, "space": (4, 8, 9), "radius": 1, "collapsed": False},
     "K=128, radius 1, each": {"clusters": 128, "radius": 1, "collapsed": False},
     "K=33, probabilities": {"clusters": 33, "logits": False, "space": (7, 11)},
+    "K=33, odd": {"clusters": 33, "space": (7, 11)},
+    "K=128, odd": {"clusters": 127, "space": (7, 11), "masked": True},
+    "K=128, probabilities": {"clusters": 127, "logits": False, "space": (7, 11)},
     "one of everything": {"clusters": 1, "batch": 1, "space": (1, 1)},
     "one of everything, 3D, mask, radius 1": {"clusters": 1, "batch": 1, "space": (1, 1, 1), "radius": 1, "collapsed": False, "masked": True},
 }  # fmt: skip

@@ -10,7 +10,6 @@ from torch import Tensor
 from pix2rep_kernels.triton.joint_tiles import (
     BLOCK,
     HALF,
-    PROGRAMS,
     Format,
     Map,
     counted,
@@ -122,7 +121,7 @@ def sums(a, b, mask, radius, collapsed, logits, form: Format) -> Tensor:
         moved = map_of(spread(moved, mask, form, logits, radius if collapsed else 0))
     still = map_of(b)
     tiles = batch * triton.cdiv(size, form.pixels)
-    parts = max(1, min(tiles, triton.cdiv(PROGRAMS, count), batch * size // (4 * clusters)))  # a quarter of a map
+    parts = max(1, min(tiles, triton.cdiv(form.programs, count), batch * size // (4 * clusters)))  # a quarter of a map
     bits = HALF - (box_bits(space, radius) if radius and collapsed else 0)
     partial = a.new_empty((parts, count, clusters, clusters), dtype=torch.float32)
     joint_sums[(parts * count,)](

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pix2rep_kernels.triton.tiles import LOG2E, product
 
-PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+WARPS = 1056  # 8 for each of the 132 multiprocessors of an H100 or H200
 BLOCK = 1024  # entries of a program without a product
 HALF = 15  # probabilities enter float16 products times 2^15: what underflows is below 2^-40
 
@@ -76,9 +76,9 @@ def finished(gradient, p, counts, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def mixed(weights_ptr, k, p, scale, KP: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
-    """weights [KP, KP] @ p (joint.6); float16 operands are p times scale."""
-    weights = tl.load(weights_ptr + k[:, None] * KP + tl.arange(0, KP)[None, :])
+def mixed(weights_ptr, k, other, p, scale, KP: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """weights [k, other] @ p [other, pixels] (joint.6); float16 operands are p times scale."""
+    weights = tl.load(weights_ptr + k[:, None] * KP + other[None, :])
     if HALF:
         p = (p * scale).to(tl.float16)
     return product(weights, p, PRECISION)
@@ -95,7 +95,12 @@ class Format(NamedTuple):
 
     @property
     def options(self) -> dict:
-        return {"KP": self.padded, "P": self.pixels, "HALF": self.half, "PRECISION": self.precision, "num_warps": self.num_warps}
+        blocks = {"KP": self.padded, "P": self.pixels, "num_warps": self.num_warps, "num_stages": 2}
+        return {**blocks, "HALF": self.half, "PRECISION": self.precision}
+
+    @property
+    def programs(self) -> int:
+        return WARPS // self.num_warps
 
 
 class Map(NamedTuple):
@@ -111,8 +116,9 @@ def format_of(a: Tensor, b: Tensor, logits: bool) -> Format:
     padded = max(16, triton.next_power_of_2(a.shape[1]))
     half = logits and a.element_size() == 2 and b.element_size() == 2
     strict = torch.get_float32_matmul_precision() == "highest"
-    pixels = {16: 128, 32: 128, 64: 64, 128: 32}[padded]
-    return Format(padded, pixels, half, "ieee" if half else "tf32x3" if strict else "tf32", 4 if padded < 128 else 8)
+    # Few enough registers for three products a pair; more warps than padded x padded keeps busy would each hold the same operands.
+    pixels, warps = {16: (64, 1), 32: (64, 2), 64: (64, 4), 128: (32, 8)}[padded] if half else {16: (64, 1), 32: (32, 2), 64: (16, 4), 128: (16, 8)}[padded]
+    return Format(padded, pixels, half, "ieee" if half else "tf32x3" if strict else "tf32", warps)
 
 
 def map_of(t: Tensor) -> Map:
