@@ -28,7 +28,7 @@ def test_opcheck(backend):
         arguments = (a.requires_grad_(), b.requires_grad_(), mask, radius, collapsed, True, backend)
         torch.library.opcheck(torch.ops.pix2rep.joint.default, arguments)
         sums = torch.ops.pix2rep.joint(*arguments).detach()
-        backward = (sums, *arguments[:-1], True, layout == "last", layout == "last", False, backend)
+        backward = (sums, a.detach(), b.detach(), *arguments[2:-1], True, layout == "last", layout == "last", False, backend)
         torch.library.opcheck(torch.ops.pix2rep.joint_backward.default, backward)
 
 
