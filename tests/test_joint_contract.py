@@ -32,8 +32,8 @@ def test_opcheck(backend):
         torch.library.opcheck(torch.ops.pix2rep.joint_backward.default, backward)
 
 
-@pytest.mark.parametrize("backend", HERE)
-def test_compiles_in_one_graph(backend):
+def test_compiles_in_one_graph():
+    backend = HERE[-1]
     compiled = torch.compile(lambda x, y, m: joint(x, y, mask=m, radius=1, backend=backend).square().sum(), fullgraph=True, dynamic=True)
     for space in ((6, 8), (9, 7), (5, 5)):
         a, b, mask = problem(4, space=space, masked=True)
@@ -184,7 +184,7 @@ def work(maps):
 
 
 @pytest.mark.skipif("cpu" not in FAST, reason="the CPU kernels are not built")
-@pytest.mark.parametrize("radius, collapsed", [(0, True), (2, True), (2, False)])
+@pytest.mark.parametrize("radius, collapsed", [(0, True), (2, False)])
 def test_memory(radius, collapsed):
     """Two gradients, a scratch of 4 MiB or of one image with its margins, partial sums of a quarter of the maps, and 4 MiB for the threads' tiles."""
     for size in (128, 256):
