@@ -2,8 +2,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdint>
 #include <tuple>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../common/check.h"
 #include "../common/view.h"
@@ -81,6 +86,15 @@ PoolMap<const S> map_of(const Tensor& features, Tensor& held) {
   return map;
 }
 
+// Asks for huge pages under a large map that is about to be written: fresh memory costs its page faults, several times what writing it does.
+void prepare_to_write([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const uintptr_t begin = (uintptr_t(memory) + page - 1) / page * page, end = (uintptr_t(memory) + uintptr_t(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: what comes of it does not matter
+#endif
+}
+
 std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regions) {
   Sizes shape;
   for (int64_t axis = 0; axis < features.dim(); ++axis) shape.push_back(features.size(axis));
@@ -121,6 +135,7 @@ Tensor backward(Tensor grad_means, Tensor counts, Tensor labels, Tensor like, Si
     with_storage(like.scalar_type(), [&](auto zero) {
       using S = decltype(zero);
       const int64_t pixels = grad.numel() / shape[0] / channels;
+      prepare_to_write(grad.data_ptr(), grad.numel() * int64_t(sizeof(S)));
       const PoolMap<S> map{static_cast<S*>(grad.data_ptr()), shape[0], channels, pixels, channels * pixels, channels_last ? channels : pixels, channels_last};
       with_labels(labels, regions, [&](const auto& l) { pool_backward<S>(data<Compute<S>>(grad_means), data<int64_t>(counts), l, TorchParallel{}, map); });
     });

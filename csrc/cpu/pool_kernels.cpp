@@ -5,7 +5,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -55,6 +55,16 @@ static inline double widen(double x) { return x; }
 static inline double widen(BF16 x) { return widen_bits<float, uint32_t>(x.bits, x); }
 static inline double widen(F16 x) { return widen_bits<float, uint32_t>(x.bits, x); }
 
+static inline Vec<double> to_double(Floats x) {
+#if defined(__AVX512F__)  // gcc 12 takes __builtin_convertvector apart
+  return (Vec<double>)_mm512_cvtps_pd((__m256)x);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_cvtps_pd((__m128)x);
+#else
+  return __builtin_convertvector(x, Vec<double>);
+#endif
+}
+
 template <class S>
 static inline Vec<double> read(const S* p) {
   if constexpr (std::is_same_v<S, double>) {
@@ -62,11 +72,11 @@ static inline Vec<double> read(const S* p) {
   } else if constexpr (std::is_same_v<S, float>) {
     Floats narrow;
     std::memcpy(&narrow, p, sizeof(narrow));
-    return __builtin_convertvector(narrow, Vec<double>);
+    return to_double(narrow);
   } else {
     Halves bits;
     std::memcpy(&bits, p, sizeof(bits));
-    return __builtin_convertvector(widen_bits<Floats>(__builtin_convertvector(bits, Words), S{}), Vec<double>);
+    return to_double(widen_bits<Floats>(__builtin_convertvector(bits, Words), S{}));
   }
 }
 
@@ -153,20 +163,16 @@ static inline void turn(const S* planes, int64_t stride, int pixels, int64_t cha
   constexpr int W = Simd<L>::width;
   for (int64_t c = 0; c < channels; c += W)
     for (int p = 0; p < pixels; p += W) {
-      Vec<L> tile[W] = {};
+      Vec<L> tile[W];
+      const S* from = planes + c * stride + p;
       const int64_t height = channels - c < W ? channels - c : W;
-      if (p + W <= pixels) {
-        if (height == W)
+      if (height == W && p + W <= pixels) {
 #pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) tile[i] = take(planes + (c + i) * stride + p);
-        else
-          for (int64_t i = 0; i < height; ++i) tile[i] = take(planes + (c + i) * stride + p);
+        for (int i = 0; i < W; ++i) tile[i] = take(from + i * stride);
       } else {
-        for (int64_t i = 0; i < height; ++i) {
-          S some[W] = {};
-          std::memcpy(some, planes + (c + i) * stride + p, (pixels - p) * sizeof(S));
-          tile[i] = take(some);
-        }
+        S some[W * W] = {};
+        for (int64_t i = 0; i < height; ++i) std::memcpy(some + i * W, from + i * stride, (pixels - p < W ? pixels - p : W) * sizeof(S));
+        for (int i = 0; i < W; ++i) tile[i] = take(some + i * W);
       }
       transpose<L>(tile);
 #pragma GCC unroll 16
@@ -267,7 +273,7 @@ void put_planes(const S* table, int64_t table_stride, const Run* runs, int count
     for (int k = 0; k < run->count; ++k) rows[pixels++] = table + run->region * table_stride;
   for (int64_t c = 0; c < channels; c += W)
     for (int p = 0; p < pixels; p += W) {
-      Vec<L> tile[W] = {};
+      Vec<L> tile[W];
       const int64_t height = channels - c < W ? channels - c : W;
       const int width = pixels - p < W ? pixels - p : W;
       if (height == W && width == W) {
