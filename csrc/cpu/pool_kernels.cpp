@@ -16,6 +16,7 @@ namespace PIX2REP_ISA {
 
 namespace {
 
+constexpr int kFew = 4;  // channels too few to be turned into rows
 constexpr int kDoubles = Simd<double>::width;
 #if defined(__AVX512F__)
 constexpr int kGroup = 16;  // sums of a run that stay in registers, vectors
@@ -183,11 +184,34 @@ static inline void turn(const S* planes, int64_t stride, int pixels, int64_t cha
     }
 }
 
+// Few planes as they are: in lanes along a run, the same ones for every instruction set.
+template <class S>
+static inline void add_plane(const S* plane, const Run* runs, int count, double* sums, int64_t sums_stride) {
+  constexpr int N = 8;
+  for (const Run* run = runs; run != runs + count; ++run) {
+    const S* p = plane + run->begin;
+    double s = sums[run->region * sums_stride];
+    int i = 0;
+    if (run->count >= 2 * N) {
+      double lane[N] = {};
+      for (; i + N <= run->count; i += N)
+        for (int k = 0; k < N; ++k) lane[k] += widen(p[i + k]);
+      s += ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+    }
+    for (; i < run->count; ++i) s += widen(p[i]);
+    sums[run->region * sums_stride] = s;
+  }
+}
+
 template <class S>
 void add_planes(const S* planes, int64_t plane_stride, int pixels, const Run* runs, int count, int64_t channels, double* sums, int64_t sums_stride) {
   alignas(64) Compute<S> rows[kTile * kPlanes];
   for (int64_t c = 0; c < channels; c += kPlanes) {
     const int64_t some = channels - c < kPlanes ? channels - c : kPlanes;
+    if (some <= kFew) {
+      for (int64_t i = c; i < channels; ++i) add_plane(planes + i * plane_stride, runs, count, sums + i, sums_stride);
+      return;
+    }
     turn(planes + c * plane_stride, plane_stride, pixels, some, rows);
     add_rows(rows, kPlanes, runs, count, some, sums + c, sums_stride);
   }
@@ -271,12 +295,11 @@ void put_planes(const S* table, int64_t table_stride, const Run* runs, int count
   int pixels = 0;
   for (const Run* run = runs; run != runs + count; ++run)
     for (int k = 0; k < run->count; ++k) rows[pixels++] = table + run->region * table_stride;
-  for (int64_t c = 0; c < channels; c += W)
+  int64_t c = 0;
+  for (; c + W <= channels; c += W)
     for (int p = 0; p < pixels; p += W) {
       Vec<L> tile[W];
-      const int64_t height = channels - c < W ? channels - c : W;
-      const int width = pixels - p < W ? pixels - p : W;
-      if (height == W && width == W) {
+      if (p + W <= pixels) {
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) tile[i] = take(rows[p + i] + c);
         transpose<L>(tile);
@@ -284,9 +307,11 @@ void put_planes(const S* table, int64_t table_stride, const Run* runs, int count
         for (int i = 0; i < W; ++i) put(planes + (c + i) * plane_stride + p, tile[i]);
         continue;
       }
-      for (int64_t i = 0; i < height; ++i)
-        for (int k = 0; k < width; ++k) planes[(c + i) * plane_stride + p + k] = rows[p + k][c + i];
+      for (int i = 0; i < W; ++i)
+        for (int k = p; k < pixels; ++k) planes[(c + i) * plane_stride + k] = rows[k][c + i];
     }
+  for (; c < channels; ++c)
+    for (int p = 0; p < pixels; ++p) planes[c * plane_stride + p] = rows[p][c];
 }
 
 template <class S>
