@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("backend", FAST)
 def test_values_and_gradients(backend, dims):
-    for layout, labels, regions, runs in itertools.product(("last", "first", "strided"), LABELS, (1, 5, 40), (1, 6)):
+    for layout, labels, (regions, runs) in itertools.product(("last", "first", "strided"), LABELS, ((1, 6), (5, 1), (5, 6), (40, 1))):
         compare(backend, *problem(dims, layout=layout, labels=labels, regions=regions, runs=runs))
 
 
@@ -65,12 +65,12 @@ def test_triton(case):
 def test_one_pixel_a_region_and_one_region(backend):
     """The means are the features, bit for bit; then the mean of all of them."""
     for layout in ("last", "first"):
-        features, _, _ = problem(layout=layout)
+        features, _, _ = problem(layout=layout, space=(3, 4))
         rows = features.flatten(2).transpose(1, 2)
-        means, counts = ours(backend)(features, torch.arange(35).view(1, 5, 7).expand(2, -1, -1), 35)
+        means, counts = ours(backend)(features, torch.arange(12).view(1, 3, 4).expand(2, -1, -1), 12)
         assert torch.equal(means, rows) and (counts == 1).all()
-        means, counts = ours(backend)(features, torch.zeros(2, 5, 7, dtype=torch.uint8), 1)
-        assert error([means], [rows.double().mean(1, keepdim=True)]) <= torch.finfo(torch.float32).eps and (counts == 35).all()
+        means, counts = ours(backend)(features, torch.zeros(2, 3, 4, dtype=torch.uint8), 1)
+        assert error([means], [rows.double().mean(1, keepdim=True)]) <= torch.finfo(torch.float32).eps and (counts == 12).all()
 
 
 @pytest.mark.parametrize("backend", EVERY)
@@ -114,8 +114,8 @@ def test_linear_and_adjoint(backend):
 
 @pytest.mark.parametrize("backend", EVERY)
 def test_a_million_equal_values(backend):
-    """Their mean is that value: sums in float32 would drift by thousands of roundings. Interpreted kernels take 20,000."""
-    space = (1000, 1000) if backend != "triton" or DEVICE[backend] == "cuda" else (100, 200)
+    """Their mean is that value: sums in float32 would drift by thousands of roundings. Interpreted kernels take 5,000."""
+    space = (1000, 1000) if backend != "triton" or DEVICE[backend] == "cuda" else (50, 100)
     for layout in ("last", "first"):
         features = torch.full((1, 2, 1, 1), 0.1).expand(1, 2, *space).contiguous()
         if layout == "last":
