@@ -50,6 +50,7 @@ struct GridArguments {
         border(padding_mode == "border"), dims(int(shape.size()) - 2) {
     PIX2REP_EXPECT(dims == 2 || dims == 3, map_name, "have shape [B, C, H, W] or [B, C, D, H, W]", shape.size(), " axes");
     PIX2REP_EXPECT(int(size.size()) == dims, "size", "have one entry a spatial axis", size.size());
+    for (const int64_t n : size) PIX2REP_EXPECT(n >= 0 && n <= (1 << 24), "size", "have entries of 0 to 2^24", n);
     PIX2REP_EXPECT(border || padding_mode == "zeros", "padding_mode", "be 'zeros' or 'border'", padding_mode);
     PIX2REP_EXPECT(mode == "linear" || mode == "nearest" || (mode == "bicubic" && dims == 2), "mode", "be 'linear', 'nearest' or, in 2D, 'bicubic'", mode);
     this->mode = mode == "linear" ? Mode::linear : mode == "nearest" ? Mode::nearest : Mode::bicubic;
