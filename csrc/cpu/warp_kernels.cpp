@@ -27,6 +27,8 @@ static inline void finish(const T* f, int64_t channels, S* row, T* norm) {
   if (norm || static_cast<const void*>(f) != row) scaled(f, scale, channels, row);
 }
 
+constexpr int kAhead = 8;  // points whose memory is asked for early
+
 template <class X, class S>
 void gather(const Chunk<Compute<S>>& chunk, const X* image, int64_t stride, int64_t channels, S* rows, Compute<S>* norms, Compute<S>* buffer) {
   using T = Compute<S>;
@@ -100,18 +102,23 @@ void gather_wide(const Chunk<Compute<X>>& chunk, const X* image, int64_t stride,
 template <class S>
 void gather_columns(const Chunk<Compute<S>>& chunk, const S* image, int64_t channel_stride, int64_t pixel_stride, int64_t channels, Compute<S>* columns) {
   using T = Compute<S>;
+  constexpr int W = Simd<T>::width;
   for (int64_t c = 0; c < channels; ++c) {
     const S* plane = image + c * channel_stride;
-    T sum[kChunk] = {};
+    Vec<T> sum[kChunk / W] = {};
     for (int k = 0; k < chunk.taps; ++k) {
-      const int32_t* index = chunk.index + k * kChunk;
-      const T* w = chunk.weight + k * kChunk;
+      T value[kChunk];
       for (int i = 0; i < kChunk; ++i) {
-        const T term = w[i] * widen(plane[index[i] * pixel_stride]);
-        sum[i] += w[i] != 0 ? term : T(0);
+        const S* from = plane + chunk.index[k * kChunk + i] * pixel_stride;
+        if (!(k & 1)) __builtin_prefetch(from + channel_stride);  // the next channel; its odd taps are neighbours
+        value[i] = widen(*from);
+      }
+      for (int v = 0; v < kChunk / W; ++v) {
+        const Vec<T> w = load(chunk.weight + k * kChunk + v * W), more = sum[v] + w * load(value + v * W);
+        sum[v] = w != 0 ? more : sum[v];
       }
     }
-    std::memcpy(columns + c * kChunk, sum, sizeof(sum));
+    for (int v = 0; v < kChunk / W; ++v) store(columns + c * kChunk + v * W, sum[v]);
   }
 }
 
@@ -133,8 +140,6 @@ void dots(const Chunk<Compute<S>>& chunk, const S* rows, const S* grad_rows, int
   for (int i = 0; i < chunk.count; ++i)
     dot[i] = inner<S, S, Compute<S>>(rows + chunk.row(i) * channels, grad_rows + chunk.row(i) * channels, channels);
 }
-
-constexpr int kAhead = 8;  // points whose rows are asked for early
 
 // (warp.5) of `width` channels of one point.
 template <class S, class T>
@@ -182,14 +187,28 @@ void scatter(const Chunk<Compute<S>>& chunk, const S* rows, const S* grad_rows, 
   }
 }
 
+// Neighbouring points add to the same pixel, one after the other: a few channels at a time keep the processor busy meanwhile.
+template <int Channels, class T>
+static inline void scatter_some(const Chunk<T>& chunk, const T* columns, T* image, int64_t channel_stride, int64_t pixel_stride) {
+  for (int i = 0; i < chunk.count; ++i) {
+    const int later = i + kAhead < chunk.count ? i + kAhead : i;
+    for (int k = 0; k < chunk.taps; ++k) {
+      if (!(k & 1))
+        for (int c = 0; c < Channels; ++c) __builtin_prefetch(image + chunk.index[k * kChunk + later] * pixel_stride + c * channel_stride);
+      const T w = chunk.weight[k * kChunk + i];
+      if (w == 0) continue;
+      T* to = image + chunk.index[k * kChunk + i] * pixel_stride;
+#pragma GCC unroll 4
+      for (int c = 0; c < Channels; ++c) to[c * channel_stride] += w * columns[c * kChunk + i];
+    }
+  }
+}
+
 template <class T>
 void scatter_columns(const Chunk<T>& chunk, const T* columns, int64_t width, T* image, int64_t channel_stride, int64_t pixel_stride) {
-  for (int64_t c = 0; c < width; ++c)
-    for (int i = 0; i < chunk.count; ++i)
-      for (int k = 0; k < chunk.taps; ++k) {
-        const T w = chunk.weight[k * kChunk + i];
-        if (w != 0) image[c * channel_stride + chunk.index[k * kChunk + i] * pixel_stride] += w * columns[c * kChunk + i];
-      }
+  int64_t c = 0;
+  for (; c + 4 <= width; c += 4) scatter_some<4>(chunk, columns + c * kChunk, image + c * channel_stride, channel_stride, pixel_stride);
+  for (; c < width; ++c) scatter_some<1>(chunk, columns + c * kChunk, image + c * channel_stride, channel_stride, pixel_stride);
 }
 
 template <class S>
