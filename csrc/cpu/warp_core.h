@@ -34,20 +34,20 @@ struct Map {
   S* image(int64_t b) const { return data + b * batch_stride; }
 };
 
-// Memory that nobody has written yet.
+// Memory that nobody has written yet, from a cache line on. (std::aligned_alloc of glibc before 2.38 takes a fresh piece each time, however many it freed.)
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : memory_(static_cast<T*>(std::aligned_alloc(64, (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64))) {
+  explicit Scratch(int64_t count) : memory_(std::malloc(size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63)) {
     if (!memory_) throw std::bad_alloc();
   }
-  T* get() const { return memory_.get(); }
+  T* get() const { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64); }
 
  private:
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    void operator()(void* p) const { std::free(p); }
   };
-  std::unique_ptr<T, Free> memory_;
+  std::unique_ptr<void, Free> memory_;
 };
 
 // Points grouped by image, in their own order inside it, and cut in chunks.

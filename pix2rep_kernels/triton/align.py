@@ -33,7 +33,7 @@ def align_forward_kernel(
     f1, f2, grid1, grid2, dot, sq1, sq2, valid, P, B, C, OD, OH, OW, D1, H1, W1, D2, H2, W2,
     b1, c1, z1, y1, x1, b2, c2, z2, y2, x2, grid1_b, grid1_r, grid1_c, grid2_b, grid2_r, grid2_c,
     AFFINE_1: tl.constexpr, AFFINE_2: tl.constexpr, ALIGN: tl.constexpr, BORDER: tl.constexpr, TAPS: tl.constexpr, DIMS: tl.constexpr,
-    WIDE: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr, LAST: tl.constexpr, LOOP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """(align.1-2)"""
     p, ok, image, px1, py1, pz1, bad1, inside1 = _place(
@@ -47,7 +47,7 @@ def align_forward_kernel(
     across = tl.zeros([BLOCK_P], tl.float32)
     own1 = tl.zeros([BLOCK_P], tl.float32)
     own2 = tl.zeros([BLOCK_P], tl.float32)
-    for c0 in range(0, C, BLOCK_C):
+    for c0 in range(0, C if LOOP else 1, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         q = gather(from1, c1, c, C, ok, px1, py1, pz1, bad1, D1, H1, W1, z1, y1, x1, BORDER, TAPS, DIMS, LAST)
         z = gather(from2, c2, c, C, ok, px2, py2, pz2, bad2, D2, H2, W2, z2, y2, x2, BORDER, TAPS, DIMS, LAST)
@@ -65,7 +65,8 @@ def align_backward_kernel(
     b1, c1, z1, y1, x1, b2, c2, z2, y2, x2, grid1_b, grid1_r, grid1_c, grid2_b, grid2_r, grid2_c, to_b1, to_c1, to_z1, to_y1, to_x1,
     to_b2, to_c2, to_z2, to_y2, to_x2,
     AFFINE_1: tl.constexpr, AFFINE_2: tl.constexpr, ALIGN: tl.constexpr, BORDER: tl.constexpr, TAPS: tl.constexpr, DIMS: tl.constexpr,
-    WIDE: tl.constexpr, LAST: tl.constexpr, NEED_1: tl.constexpr, NEED_2: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr, LAST: tl.constexpr, NEED_1: tl.constexpr, NEED_2: tl.constexpr, ROWS: tl.constexpr,
+    LOOP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """(align.3-4) by atomics, or with ROWS (align.3) alone: dq into grad1 [P, C]."""
     p, ok, image, px1, py1, pz1, bad1, inside1 = _place(
@@ -78,7 +79,7 @@ def align_backward_kernel(
     across = tl.load(grad_dot + p, mask=ok, other=0)
     own1 = 2 * tl.load(grad_sq1 + p, mask=ok, other=0)
     own2 = 2 * tl.load(grad_sq2 + p, mask=ok, other=0)
-    for c0 in range(0, C, BLOCK_C):
+    for c0 in range(0, C if LOOP else 1, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         q = gather(from1, c1, c, C, ok, px1, py1, pz1, bad1, D1, H1, W1, z1, y1, x1, BORDER, TAPS, DIMS, LAST)
         z = gather(from2, c2, c, C, ok, px2, py2, pz2, bad2, D2, H2, W2, z2, y2, x2, BORDER, TAPS, DIMS, LAST)
@@ -117,7 +118,7 @@ def _launch(kernel, before, f1, f2, grid1, grid2, after, size, mode, align_corne
         kernel[(triton.cdiv(count, block_p),)](
             *before, f1, f2, where1.grid, where2.grid, *after, count, batch, channels, *volume(size, 1), *volume(space1, 1), *volume(f2.shape[2:], 1),
             *_strides(f1), *_strides(f2), *where1.strides[:3], *where2.strides[:3], *strides,
-            AFFINE_1=shared1["AFFINE"], AFFINE_2=shared2["AFFINE"], **constants, LAST=last, **options,
+            AFFINE_1=shared1["AFFINE"], AFFINE_2=shared2["AFFINE"], **constants, LAST=last, LOOP=channels > block_c, **options,
             BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
