@@ -17,7 +17,8 @@ from pix2rep_kernels import align
 from pix2rep_kernels.layout import memory_format
 from pix2rep_kernels.testing import error, tolerance
 
-# B, C, S1, S2, M. The first two are PGL's encoder maps (its batches), the third a decoder's; then a slice, unequal maps, few points of a large map, few channels.
+# B, C, S1, S2, M. The first two are PGL's encoder maps (its batches), the third a decoder's; then a slice, unequal maps, few points of a large map, few
+# channels.
 SIZES = [
     (20, 256, (2, 6, 6), (2, 6, 6), (2, 6, 6)),
     (128, 256, (2, 6, 6), (2, 6, 6), (2, 6, 6)),

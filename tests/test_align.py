@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from align_helpers import DEVICE, EXACT, FAST, SPACES, affine, both, compare, feature_map, grid_of, ours, problem
+from align_helpers import DEVICE, EXACT, FAST, SPACES, affine, both, compare, feature_map, ours, problem
 from pix2rep_kernels import align
 from pix2rep_kernels.testing import backends, error
 from sweep import FULL

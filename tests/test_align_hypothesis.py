@@ -9,6 +9,7 @@ from sweep import EXAMPLES
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @st.composite
@@ -19,9 +20,9 @@ def problems(draw):
     return {
         "spaces": (s1, s2), "size": size, "batch": draw(st.integers(1, 3)), "channels": draw(st.integers(1, 40) | st.integers(41, 200)),
         "layouts": tuple(draw(st.sampled_from(("last", "first", "strided"))) for _ in range(2)),
-        "affine": tuple(draw(st.booleans()) for _ in range(2)), "dtype": draw(st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))),
-        "options": {"mode": draw(st.sampled_from(("linear", "nearest"))), "padding_mode": draw(st.sampled_from(("zeros", "border"))), "align_corners": draw(st.booleans())},
-        "wanted": draw(st.sampled_from(((0,), (1,), (0, 1)))), "seed": draw(st.integers(0, 2**20)),
+        "affine": tuple(draw(st.booleans()) for _ in range(2)), "dtype": draw(st.sampled_from(DTYPES)),
+        "mode": draw(st.sampled_from(("linear", "nearest"))), "padding_mode": draw(st.sampled_from(("zeros", "border"))),
+        "align_corners": draw(st.booleans()), "wanted": draw(st.sampled_from(((0,), (1,), (0, 1)))), "seed": draw(st.integers(0, 2**20)),
     }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def test_against_the_reference(case):
     maps = [feature_map(batch, channels, space, layout, dtype) for space, layout in zip(case["spaces"], case["layouts"], strict=True)]
     grids = [grid_of(batch, size, kind, torch.float64) for kind in case["affine"]]
     upstream = [torch.randn(batch, *size) for _ in range(3)]
-    flow = {"size": size, "wanted": case["wanted"], **case["options"]}
+    flow = {name: case[name] for name in ("size", "wanted", "mode", "padding_mode", "align_corners")}
     with poisoned():
         got = both(ours("cpu"), (*maps, *grids), upstream, **flow)
     truth = both(ours("reference"), (*(f.double() for f in maps), *grids), upstream, **flow)
