@@ -20,7 +20,7 @@ ON_CPU = [b for b in FAST if DEVICE[b] == "cpu"]
 # Registration
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", ON_CPU[-1:])
 def test_opcheck(backend):
     for layouts, kinds in itertools.product((("last", "first"), ("first", "last")), ((True, False), (True, True))):
         tensors, keywords = problem(channels=3, layouts=layouts, affine=kinds)
@@ -34,7 +34,7 @@ def test_opcheck(backend):
             torch.library.opcheck(torch.ops.pix2rep.align_backward.default, backward, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", ON_CPU[-1:])
 def test_compiles_in_one_graph(backend):
     def cosine(f1, f2, g1, g2, size):
         dot, sq1, sq2, valid = align(f1, f2, g1, g2, size=size, backend=backend)
@@ -217,12 +217,15 @@ def test_triton_sorts_where_determinism_is_asked_for():
 
 
 def test_triton_compiles_without_spills(tmp_path):
-    """As real calls specialise it: sizes of 1, no spills, and rows of aligned channels read 16 bytes at a time. One call for sm_90; the rest by hand."""
+    """As real calls specialise it: sizes of 1, no spills, and rows of aligned channels read 16 bytes at a time.
+
+    Two calls, for sm_90: `python -m benchmarks.compiled align` has all of them.
+    """
     pytest.importorskip("triton", reason="triton is not installed")
     code = """
 import json
 from benchmarks import calls_align, compiled
-calls_align.CALLS = {name: calls_align.CALLS[name] for name in ("3D decoder", "one of everything")}
+calls_align.CALLS = {name: calls_align.CALLS[name] for name in ("2D last", "one of everything")}
 for row in compiled.rows("align", [90]):
     print(json.dumps(row))
 """
@@ -231,8 +234,8 @@ for row in compiled.rows("align", [90]):
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     every = {"align_forward_kernel", "align_backward_kernel", "warp_backward_records_kernel", "warp_backward_sum_kernel"}
-    for name in ("3D decoder", "one of everything"):
+    for name in ("2D last", "one of everything"):
         assert {k["kernel"] for k in kernels if k["call"] == name} == every, name
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
-        assert kernel["widest"] == 128 or kernel["call"] != "3D decoder" or not kernel["kernel"].startswith("align"), kernel
+        assert kernel["widest"] == 128 or kernel["call"] != "2D last" or not kernel["kernel"].startswith("align"), kernel
