@@ -7,6 +7,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 
 #include "align_kernels.h"
 #include "warp_core.h"
