@@ -51,13 +51,18 @@ struct GridArguments {
     PIX2REP_EXPECT(dims == 2 || dims == 3, map_name, "have shape [B, C, H, W] or [B, C, D, H, W]", shape.size(), " axes");
     PIX2REP_EXPECT(int(size.size()) == dims, "size", "have one entry a spatial axis", size.size());
     for (const int64_t n : size) PIX2REP_EXPECT(n >= 0 && n <= (1 << 24), "size", "have entries of 0 to 2^24", n);
+    double points = double(shape[0]);
+    for (const int64_t n : size) points *= double(n);
+    PIX2REP_EXPECT(points < double(int64_t(1) << 62), "size", "have B * prod(size) < 2^62 points", points);
     PIX2REP_EXPECT(border || padding_mode == "zeros", "padding_mode", "be 'zeros' or 'border'", padding_mode);
     PIX2REP_EXPECT(mode == "linear" || mode == "nearest" || (mode == "bicubic" && dims == 2), "mode", "be 'linear', 'nearest' or, in 2D, 'bicubic'", mode);
     this->mode = mode == "linear" ? Mode::linear : mode == "nearest" ? Mode::nearest : Mode::bicubic;
-    // int32 pixel indices and float coordinates.
-    PIX2REP_EXPECT(pixels() < (int64_t(1) << 31), map_name, "have fewer than 2^31 pixels an image", shape[2]);
-    for (int axis = 0; axis < dims; ++axis)
+    double pixels = 1;  // of an image, whose indices are int32; coordinates are float
+    for (int axis = 0; axis < dims; ++axis) {
       PIX2REP_EXPECT(shape[2 + axis] > 0 && shape[2 + axis] <= (1 << 24), map_name, "have spatial axes of 1 to 2^24", shape[2 + axis]);
+      pixels *= double(shape[2 + axis]);
+    }
+    PIX2REP_EXPECT(pixels < double(int64_t(1) << 31), map_name, "have fewer than 2^31 pixels an image", pixels);
     check_grid(grid_name);
   }
 
