@@ -4,14 +4,12 @@ Eager is two F.affine_grid and F.grid_sample, three products and sums, and autog
 float64 on one image before anything is timed, and against each other at the size that is timed.
 """
 
-import argparse
-import json
-import platform
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import harness
 from benchmarks.harness import interleaved
 from pix2rep_kernels import align
 from pix2rep_kernels.layout import memory_format
@@ -104,28 +102,20 @@ def test_align(benchmark, which, size, layout, wanted):
     benchmark.pedantic(step, args=({"ours": ours, "eager": eager}[which], *inputs(*size, layout, wanted)), rounds=3, warmup_rounds=1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", help="write the rows here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"{'':66}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'forward':>9}{'error':>10}{'eager':>9}")
-    table = []
-    for size in SIZES:
-        for layout in LAYOUTS:
-            for wanted in WANTED:
-                table.append(r := measure(size, layout, wanted, arguments.repeats))
-                times = [1e3 * r["forward_backward"][name]["median_s"] for name in ("ours", "eager")]
-                spaces = " ".join(f"{name}={'x'.join(map(str, r[name]))}" for name in ("S1", "S2", "M"))
-                line = f"B={r['B']} C={r['C']} {spaces} {layout} {wanted}".ljust(66)
-                print(f"{line}{times[0]:9.2f}{times[1]:10.2f}{r['ratio']:7.1f}{r['forward_ratio']:9.1f}{r['error']:10.1e}{r['eager_error']:9.1e}", flush=True)
-    if arguments.json:
-        from pix2rep_kernels.__main__ import versions
+HEADER = f"{'':66}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'forward':>9}{'error':>10}{'eager':>9}"
 
-        with open(arguments.json, "w") as file:
-            json.dump({"threads": arguments.threads, "platform": platform.platform(), "versions": versions(), "rows": table}, file, indent=1)
+
+def line(r):
+    mine, theirs = (1e3 * r["forward_backward"][side]["median_s"] for side in ("ours", "eager"))
+    spaces = " ".join(f"{name}={'x'.join(map(str, r[name]))}" for name in ("S1", "S2", "M"))
+    name = f"B={r['B']} C={r['C']} {spaces} {r['layout']} {r['gradients']}"
+    return f"{name:66}{mine:9.2f}{theirs:10.2f}{r['ratio']:7.1f}{r['forward_ratio']:9.1f}{r['error']:10.1e}{r['eager_error']:9.1e}"
+
+
+def main():
+    asked = harness.start(harness.parser(__doc__))
+    every = ((size, layout, wanted) for size in SIZES for layout in LAYOUTS for wanted in WANTED)
+    harness.tabulate(asked, HEADER, (measure(*given, asked.repeats) for given in every), line)
 
 
 if __name__ == "__main__":

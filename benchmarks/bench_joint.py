@@ -6,15 +6,13 @@ takes the fastest of those that apply (at T = 10 the box filter alone: the other
 image before anything is timed.
 """
 
-import argparse
 import itertools
-import json
-import platform
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import harness
 from benchmarks.harness import interleaved, peak_mib
 from pix2rep_kernels.layout import memory_format
 from pix2rep_kernels.ops import joint as _register  # noqa: F401
@@ -152,28 +150,23 @@ def test_joint(benchmark, which, size):
     benchmark.pedantic(step, args=(call, *inputs(*size), *size[3:5]), rounds=3, warmup_rounds=1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", type=int, nargs="*", help="indices of sizes")
-    parser.add_argument("--json", help="write the rows here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"{'':52}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'forward':>9}{'MiB':>7}{'eager':>7}{'error':>10}{'eager':>9}")
-    table = []
-    for size in [SIZES[i] for i in arguments.only] if arguments.only else SIZES:
-        table.append(r := measure(*size, repeats=arguments.repeats))
-        times = [1e3 * r["forward_backward"][name]["median_s"] for name in ("ours", r["eager"])]
-        kind = "" if r["radius"] == 0 else " sum" if r["collapsed"] else " each"
-        name = f"B={r['B']} K={r['K']} S={'x'.join(map(str, r['S']))} T={r['radius']}{kind} {r['layout']} ({r['eager']})"
-        line = f"{name:52}{times[0]:9.1f}{times[1]:10.1f}{r['ratio']:7.1f}{r['forward_ratio']:9.1f}{r['extra_MiB']:7.0f}{r['eager_extra_MiB']:7.0f}"
-        print(f"{line}{r['error']:10.1e}{r['eager_error']:9.1e}", flush=True)
-    if arguments.json:
-        from pix2rep_kernels.__main__ import versions
+HEADER = f"{'':52}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'forward':>9}{'MiB':>7}{'eager':>7}{'error':>10}{'eager':>9}"
 
-        with open(arguments.json, "w") as file:
-            json.dump({"threads": arguments.threads, "platform": platform.platform(), "versions": versions(), "rows": table}, file, indent=1)
+
+def line(r):
+    mine, theirs = (1e3 * r["forward_backward"][side]["median_s"] for side in ("ours", r["eager"]))
+    kind = "" if r["radius"] == 0 else " sum" if r["collapsed"] else " each"
+    name = f"B={r['B']} K={r['K']} S={'x'.join(map(str, r['S']))} T={r['radius']}{kind} {r['layout']} ({r['eager']})"
+    times = f"{mine:9.1f}{theirs:10.1f}{r['ratio']:7.1f}{r['forward_ratio']:9.1f}"
+    return f"{name:52}{times}{r['extra_MiB']:7.0f}{r['eager_extra_MiB']:7.0f}{r['error']:10.1e}{r['eager_error']:9.1e}"
+
+
+def main():
+    parser = harness.parser(__doc__)
+    parser.add_argument("--only", type=int, nargs="*", help="indices of sizes")
+    asked = harness.start(parser)
+    sizes = [SIZES[i] for i in asked.only] if asked.only else SIZES
+    harness.tabulate(asked, HEADER, (measure(*size, repeats=asked.repeats) for size in sizes), line)
 
 
 if __name__ == "__main__":

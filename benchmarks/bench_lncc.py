@@ -4,14 +4,12 @@ Eager is five box sums, products, clamps and autograd; the box sums are one F.av
 size is measured against the fastest of them. Values and gradients of all are checked against float64 before anything is timed.
 """
 
-import argparse
-import json
-import platform
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import harness
 from benchmarks.harness import interleaved
 from pix2rep_kernels import lncc
 from pix2rep_kernels.testing import error, tolerance
@@ -128,27 +126,19 @@ def test_lncc(benchmark, which, size):
     benchmark.pedantic(step, args=(CALLS[which], *inputs(*size)), rounds=3, warmup_rounds=1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", help="write the rows here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"{'':38}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'forward':>9}{'error':>10}{'eager':>9}  fastest eager")
-    table = []
-    for size in SIZES:
-        for both in (True, False):
-            table.append(r := measure(*size, both, arguments.repeats))
-            times = [1e3 * r["forward_backward"][name]["median_s"] for name in ("ours", "eager")]
-            name = f"B={r['B']} S={'x'.join(map(str, r['S']))} window {r['window']} {'di dj' if both else 'di'}"
-            line = f"{name:38}{times[0]:9.2f}{times[1]:10.2f}{r['ratio']:7.1f}{r['forward_ratio']:9.1f}"
-            print(f"{line}{r['error']:10.1e}{r['eager_error']:9.1e}  {r['eager']}", flush=True)
-    if arguments.json:
-        from pix2rep_kernels.__main__ import versions
+HEADER = f"{'':38}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'forward':>9}{'error':>10}{'eager':>9}  fastest eager"
 
-        with open(arguments.json, "w") as file:
-            json.dump({"threads": arguments.threads, "platform": platform.platform(), "versions": versions(), "rows": table}, file, indent=1)
+
+def line(r):
+    mine, theirs = (1e3 * r["forward_backward"][side]["median_s"] for side in ("ours", "eager"))
+    name = f"B={r['B']} S={'x'.join(map(str, r['S']))} window {r['window']} {'di dj' if r['gradients'] == 2 else 'di'}"
+    times = f"{mine:9.2f}{theirs:10.2f}{r['ratio']:7.1f}{r['forward_ratio']:9.1f}"
+    return f"{name:38}{times}{r['error']:10.1e}{r['eager_error']:9.1e}  {r['eager']}"
+
+
+def main():
+    asked = harness.start(harness.parser(__doc__))
+    harness.tabulate(asked, HEADER, (measure(*size, both, asked.repeats) for size in SIZES for both in (True, False)), line)
 
 
 if __name__ == "__main__":

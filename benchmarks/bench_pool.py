@@ -4,13 +4,11 @@ Eager is the fastest of four ways with autograd, found in the run itself: scatte
 and a product with a one-hot matrix. Means and gradients are checked against float64 before anything is timed.
 """
 
-import argparse
-import json
-import platform
 
 import pytest
 import torch
 
+from benchmarks import harness
 from benchmarks.harness import interleaved
 from pix2rep_kernels import pool
 from pix2rep_kernels.layout import memory_format
@@ -146,26 +144,19 @@ def test_pool(benchmark, which, size, layout):
     benchmark.pedantic(step, args=({"ours": ours, **EAGER}[which], *inputs(*size, layout)), rounds=3, warmup_rounds=1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the rows here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"{'':52}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'of best':>9}{'forward':>9}{'error':>10}{'eager':>9}")
-    table = []
-    for size in SIZES:
-        for layout in LAYOUTS:
-            table.append(r := measure(size, layout))
-            times = [1e3 * r["forward_backward"][name]["median_s"] for name in ("ours", "eager")]
-            name = f"B={r['B']} C={r['C']} S={'x'.join(map(str, r['S']))} R={r['R']} {r['labels']} {layout}"
-            line = f"{name:52}{times[0]:9.2f}{times[1]:10.2f}{r['ratio']:7.1f}{r['best_ratio']:9.1f}{r['forward_ratio']:9.1f}"
-            print(f"{line}{r['error']:10.1e}{r['eager_error']:9.1e}  {r['eager']}", flush=True)
-    if arguments.json:
-        from pix2rep_kernels.__main__ import versions
+HEADER = f"{'':52}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'of best':>9}{'forward':>9}{'error':>10}{'eager':>9}"
 
-        with open(arguments.json, "w") as file:
-            json.dump({"threads": arguments.threads, "platform": platform.platform(), "versions": versions(), "rows": table}, file, indent=1)
+
+def line(r):
+    mine, theirs = (1e3 * r["forward_backward"][side]["median_s"] for side in ("ours", "eager"))
+    name = f"B={r['B']} C={r['C']} S={'x'.join(map(str, r['S']))} R={r['R']} {r['labels']} {r['layout']}"
+    times = f"{mine:9.2f}{theirs:10.2f}{r['ratio']:7.1f}{r['best_ratio']:9.1f}{r['forward_ratio']:9.1f}"
+    return f"{name:52}{times}{r['error']:10.1e}{r['eager_error']:9.1e}  {r['eager']}"
+
+
+def main():
+    asked = harness.start(harness.parser(__doc__))
+    harness.tabulate(asked, HEADER, (measure(size, layout, asked.repeats) for size in SIZES for layout in LAYOUTS), line)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ Forward and backward at the papers' sizes (fewer images where a step of eager wo
 against float64 on a smaller batch before anything is timed. Peak memory is that of a process of its own, beyond the inputs, gradients counted.
 """
 
-import argparse
-import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import harness
 from benchmarks.harness import interleaved, peak_mib
 from pix2rep_kernels import BoundaryInfoMaxLoss, LocalRegionContrastLoss, Pix2RepLoss, PriorGuidedLocalLoss, box_grid
 from pix2rep_kernels.testing import error, tolerance
@@ -207,25 +205,20 @@ def test_loss(benchmark, which, name):
     benchmark.pedantic(step, args=(which, name, *case.inputs(case.batch, torch.float32)), rounds=3, warmup_rounds=1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)}; default all")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the rows here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"{'':46}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'MiB':>8}{'eager':>8}{'error':>10}{'eager':>9}")
-    table = []
-    for name in arguments.names or CASES:
-        table.append(r := measure(name))
-        times = [1e3 * r[which]["median_s"] for which in ("ours", "eager")]
-        line = f"{name + ' B=' + str(r['B']) + ' ' + r['size']:46}{times[0]:9.1f}{times[1]:10.1f}{r['ratio']:7.2f}"
-        print(f"{line}{r['extra_MiB']:8.0f}{r['eager_extra_MiB']:8.0f}{r['error']:10.1e}{r['eager_error']:9.1e}", flush=True)
-    if arguments.json:
-        from pix2rep_kernels.__main__ import versions
+HEADER = f"{'':46}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'MiB':>8}{'eager':>8}{'error':>10}{'eager':>9}"
 
-        with open(arguments.json, "w") as file:
-            json.dump({"threads": arguments.threads, "platform": platform.platform(), "versions": versions(), "rows": table}, file, indent=1)
+
+def line(r):
+    mine, theirs = (1e3 * r[side]["median_s"] for side in ("ours", "eager"))
+    name = f"{r['loss']} B={r['B']} {r['size']}"
+    return f"{name:46}{mine:9.1f}{theirs:10.1f}{r['ratio']:7.2f}{r['extra_MiB']:8.0f}{r['eager_extra_MiB']:8.0f}{r['error']:10.1e}{r['eager_error']:9.1e}"
+
+
+def main():
+    parser = harness.parser(__doc__)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)}; default all")
+    asked = harness.start(parser)
+    harness.tabulate(asked, HEADER, (measure(name, asked.repeats) for name in asked.names or CASES), line)
 
 
 if __name__ == "__main__":
