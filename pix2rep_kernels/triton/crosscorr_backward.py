@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pix2rep_kernels.triton.crosscorr_blocks import format_of, gradient_blocks
+from pix2rep_kernels.triton.crosscorr_blocks import PROGRAMS, format_of, gradient_blocks
 from pix2rep_kernels.triton.crosscorr_forward import power_of_two, shifted
 from pix2rep_kernels.triton.tiles import add_product
 
@@ -27,60 +27,79 @@ def crosscorr_scale_kernel(g_ptr, largest_ptr, out_ptr, d_own, d_other, own_stri
 
 @triton.jit
 def affine(
-    own_ptr, other_ptr, weight, g_ptr, sum_ptr, square_ptr, pivot_own_ptr, pivot_other_ptr, out_ptr, unit, first, keep, rows_inside,
-    d_own, d_other, own_row, own_column, other_row, other_column, width,
+    own_ptr, other_ptr, weight_ptr, g_ptr, sum_ptr, square_ptr, pivot_own_ptr, pivot_other_ptr, out_ptr, unit, begin, first_block, last_block,
+    n, d_own, d_other, own_row, own_column, other_row, other_column, weight_stride, width,
     WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, ROWS: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN_OWN: tl.constexpr, EVEN_OTHER: tl.constexpr,
 ):  # fmt: skip
-    """w (gs + 2 gq u + g v) of one block of rows."""
-    for begin in range(0, d_own, OWN):
-        columns = begin + tl.arange(0, OWN)
-        inside = columns < d_own
+    """w (gs + 2 gq u + g v) of `OWN` features. WHOLE: one block holds all other features, so that g stays in shared memory."""
+    columns = begin + tl.arange(0, OWN)
+    inside = columns < d_own
+    features = tl.arange(0, OTHER)
+    pivot_own = tl.load(pivot_own_ptr + columns, mask=inside, other=0.0)
+    constant = tl.load(sum_ptr + columns, mask=inside, other=0.0)
+    slope = 2.0 * tl.load(square_ptr + columns, mask=inside, other=0.0)
+    g_ptr += columns[:, None] * width + features[None, :]
+    if WHOLE:
+        g = tl.load(g_ptr)
+        pivot = tl.load(pivot_other_ptr + features, mask=features < d_other, other=0.0)
+    for block in range(first_block, last_block):
+        first = block * ROWS
+        rows = first + tl.arange(0, ROWS)
+        present = rows < n
+        keep = present
+        if WEIGHTED:
+            weight = tl.load(weight_ptr + rows.to(tl.int64) * weight_stride, mask=present, other=0.0)
+            keep = weight != 0
         total = tl.zeros([ROWS, OWN], tl.float32)
-        for k in range(0, d_other, OTHER):
-            features = k + tl.arange(0, OTHER)
-            pivot = tl.load(pivot_other_ptr + features, mask=features < d_other, other=0.0)
-            v = shifted(other_ptr, first, other_row, other_column, features, keep, features < d_other, pivot, ROWS)
-            g = tl.load(g_ptr + columns[:, None] * width + features[None, :])
+        if WHOLE:
+            v = shifted(other_ptr, first, other_row, other_column, features, present, keep, features < d_other, pivot, ROWS, EVEN_OTHER)
             total = add_product(v.to(DTYPE), tl.trans(g), total, PRECISION)
-        pivot = tl.load(pivot_own_ptr + columns, mask=inside, other=0.0)
-        u = shifted(own_ptr, first, own_row, own_column, columns, keep, inside, pivot, ROWS)
-        constant = tl.load(sum_ptr + columns, mask=inside, other=0.0)
-        slope = 2.0 * tl.load(square_ptr + columns, mask=inside, other=0.0)
+        else:
+            for k in range(0, d_other, OTHER):
+                inner = k + features
+                pivot = tl.load(pivot_other_ptr + inner, mask=inner < d_other, other=0.0)
+                v = shifted(other_ptr, first, other_row, other_column, inner, present, keep, inner < d_other, pivot, ROWS, EVEN_OTHER)
+                total = add_product(v.to(DTYPE), tl.trans(tl.load(g_ptr + k)), total, PRECISION)
+        u = shifted(own_ptr, first, own_row, own_column, columns, present, keep, inside, pivot_own, ROWS, EVEN_OWN)
         gradient = constant[None, :] + slope[None, :] * u + total * unit
         if WEIGHTED:
             gradient = tl.where(keep[:, None], gradient * weight[:, None], 0.0)
         to = out_ptr + tl.cast(first, tl.int64) * d_own + tl.arange(0, ROWS)[:, None] * d_own + columns[None, :]
-        tl.store(to, gradient.to(out_ptr.dtype.element_ty), mask=rows_inside[:, None] & inside[None, :])
+        tl.store(to, gradient.to(out_ptr.dtype.element_ty), mask=present[:, None] & inside[None, :])
 
 
 @triton.jit
 def crosscorr_gradients_kernel(
     x_ptr, y_ptr, weight_ptr, for_x_ptr, for_y_ptr, largest_ptr, sum_x_ptr, sum_y_ptr, square_x_ptr, square_y_ptr, pivot_x_ptr, pivot_y_ptr,
-    grad_x_ptr, grad_y_ptr, n, d1, d2, x_row, x_column, y_row, y_column, weight_stride, width_x, width_y,
+    grad_x_ptr, grad_y_ptr, n, d1, d2, x_row, x_column, y_row, y_column, weight_stride, width_x, width_y, blocks,  # of rows, to a program
     NEED_X: tl.constexpr, NEED_Y: tl.constexpr, WEIGHTED: tl.constexpr, TOP: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     OWN_X: tl.constexpr, OTHER_X: tl.constexpr, OWN_Y: tl.constexpr, OTHER_Y: tl.constexpr, ROWS: tl.constexpr,
+    WHOLE_X: tl.constexpr, WHOLE_Y: tl.constexpr, EVEN_X: tl.constexpr, EVEN_Y: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    inside = rows < n
-    keep = inside
-    weight = 1.0
-    if WEIGHTED:
-        weight = tl.load(weight_ptr + rows.to(tl.int64) * weight_stride, mask=inside, other=0.0)
-        keep = weight != 0
+    """Neighbouring programs take the same rows: what one reads from memory, the others find in L2."""
+    tiles_x = tl.cdiv(d1, OWN_X) if NEED_X else 0
+    tiles = tiles_x + (tl.cdiv(d2, OWN_Y) if NEED_Y else 0)
+    tile = tl.program_id(0) % tiles
+    first = tl.program_id(0) // tiles * blocks
+    last = tl.minimum(first + blocks, tl.cdiv(n, ROWS))
     unit = 1.0
     if TOP > 0:
         unit = power_of_two(largest_ptr) / TOP
     if NEED_X:
-        affine(
-            x_ptr, y_ptr, weight, for_x_ptr, sum_x_ptr, square_x_ptr, pivot_x_ptr, pivot_y_ptr, grad_x_ptr, unit, first, keep, inside,
-            d1, d2, x_row, x_column, y_row, y_column, width_x, WEIGHTED, DTYPE, PRECISION, OWN_X, OTHER_X, ROWS,
-        )  # fmt: skip
+        if tile < tiles_x:
+            affine(
+                x_ptr, y_ptr, weight_ptr, for_x_ptr, sum_x_ptr, square_x_ptr, pivot_x_ptr, pivot_y_ptr, grad_x_ptr, unit, tile * OWN_X, first, last,
+                n, d1, d2, x_row, x_column, y_row, y_column, weight_stride, width_x,
+                WEIGHTED, DTYPE, PRECISION, OWN_X, OTHER_X, ROWS, WHOLE_X, EVEN_X, EVEN_Y,
+            )  # fmt: skip
     if NEED_Y:
-        affine(
-            y_ptr, x_ptr, weight, for_y_ptr, sum_y_ptr, square_y_ptr, pivot_y_ptr, pivot_x_ptr, grad_y_ptr, unit, first, keep, inside,
-            d2, d1, y_row, y_column, x_row, x_column, width_y, WEIGHTED, DTYPE, PRECISION, OWN_Y, OTHER_Y, ROWS,
-        )  # fmt: skip
+        if tile >= tiles_x:
+            affine(
+                y_ptr, x_ptr, weight_ptr, for_y_ptr, sum_y_ptr, square_y_ptr, pivot_y_ptr, pivot_x_ptr, grad_y_ptr, unit, (tile - tiles_x) * OWN_Y,
+                first, last, n, d2, d1, y_row, y_column, x_row, x_column, weight_stride, width_y,
+                WEIGHTED, DTYPE, PRECISION, OWN_Y, OTHER_Y, ROWS, WHOLE_Y, EVEN_Y, EVEN_X,
+            )  # fmt: skip
 
 
 def scaled(g, form, top, largest, dtype, own, other):
@@ -108,11 +127,16 @@ def gradients(grad_sums, grad_squares, grad_product, x, y, weight, pivots, needs
         for g, b, need in zip((grad_product, grad_product.T), blocks, needs, strict=True)
     ]
     rows = blocks[0].rows
-    crosscorr_gradients_kernel[(triton.cdiv(n, rows),)](
+    needs = [need and d > 0 for need, d in zip(needs, (d1, d2), strict=True)]
+    tiles = sum(triton.cdiv(d, b.own) for d, b, need in zip((d1, d2), blocks, needs, strict=True) if need)
+    steps = triton.cdiv(triton.cdiv(n, rows), max(1, triton.cdiv(PROGRAMS, max(tiles, 1))))
+    crosscorr_gradients_kernel[(tiles * triton.cdiv(triton.cdiv(n, rows), steps),)](
         x, y, weight, *operands, largest, *(t.contiguous() for t in (*grad_sums, *grad_squares)), *pivots, *grads,
-        n, d1, d2, *x.stride(), *y.stride(), 0 if weight is None else weight.stride(0), *(0 if o is None else o.shape[1] for o in operands),
-        NEED_X=needs[0] and d1 > 0, NEED_Y=needs[1] and d2 > 0, WEIGHTED=weight is not None, TOP=top if largest is not None else 0.0, DTYPE=form.dtype,
+        n, d1, d2, *x.stride(), *y.stride(), 0 if weight is None else weight.stride(0), *(0 if o is None else o.shape[1] for o in operands), steps,
+        NEED_X=needs[0], NEED_Y=needs[1], WEIGHTED=weight is not None, TOP=top if largest is not None else 0.0, DTYPE=form.dtype,
         PRECISION=form.precision, OWN_X=blocks[0].own, OTHER_X=blocks[0].other, OWN_Y=blocks[1].own, OTHER_Y=blocks[1].other, ROWS=rows,
+        WHOLE_X=d2 <= blocks[0].other, WHOLE_Y=d1 <= blocks[1].other,
+        EVEN_X=d1 % max(blocks[0].own, blocks[1].other) == 0, EVEN_Y=d2 % max(blocks[1].own, blocks[0].other) == 0,
         num_warps=max(b.num_warps for b in blocks), num_stages=min(b.num_stages for b in blocks),
     )  # fmt: skip
     return tuple(grads)

@@ -32,17 +32,19 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def kept(self, features: int, view: torch.Tensor) -> int:
+        """Rows that all threads together load at once, 16 bytes each: the others of a thread are its own to add. 1 where rows lie along the 16 bytes."""
+        if view.stride(0) == 1 != view.stride(1):
+            return 1
+        return max(1, min(self.rows, self.num_warps * 32 * 16 // (view.element_size() * features)))
+
 
 def product_blocks(form: Format, d1: int, d2: int) -> Blocks:
     """One tile of the product. x is read cdiv(d2, other) times and y cdiv(d1, own) times, but for the first from L2: the programs of one range of rows
-    follow each other. At D = 256 and 16 bits that is 1 and 2."""
-    d1, d2 = (max(16, triton.next_power_of_2(d)) for d in (d1, d2))
-    if form.half:
-        own, other = min(d1, 128), min(d2, 256 if d1 >= 128 else 128)
-        return Blocks(own, other, 64 if own * other <= 128 * 128 else 32, 8 if own * other >= 128 * 128 else 4, 3)
+    follow each other. That is twice at D = 256 and once to D = 128; 64 features at most in tf32x3, which needs its operands twice."""
     edge = 64 if form.precision == "tf32x3" else 128
-    own, other = min(d1, edge), min(d2, edge)
-    return Blocks(own, other, 32, 8 if own * other >= 128 * 128 else 4, 2)
+    own, other = (min(edge, max(16, triton.next_power_of_2(d))) for d in (d1, d2))
+    return Blocks(own, other, 32, 8 if own * other >= 64 * 128 else 4, 3 if form.half else 2)
 
 
 def splits_of(n: int, d1: int, d2: int, blocks: Blocks) -> int:
@@ -52,10 +54,11 @@ def splits_of(n: int, d1: int, d2: int, blocks: Blocks) -> int:
 
 
 def gradient_blocks(form: Format, d_own: int, d_other: int) -> Blocks:
-    """Rows x own features of one gradient; other features are taken `other` at a time."""
+    """Rows x own features of one gradient; other features are taken `other` at a time. All at once where they fit: then the gradient of the product stays
+    in shared memory for all rows of a program, and the other view is read cdiv(d_own, own) times, but for the first from L2."""
     own, other = (max(16, triton.next_power_of_2(d)) for d in (d_own, d_other))
     if form.half:
-        return Blocks(min(own, 256), min(other, 64), 128, 8, 3)
+        return Blocks(min(own, 128), other if other <= 256 else 64, 64, 8, 2)
     if form.precision == "tf32":
-        return Blocks(min(own, 128), min(other, 32), 128, 8, 3)
-    return Blocks(min(own, 64), min(other, 32), 64, 4, 2)
+        return Blocks(min(own, 128), min(other, 64), 64, 8, 2)
+    return Blocks(min(own, 64), min(other, 32), 64, 8, 2)

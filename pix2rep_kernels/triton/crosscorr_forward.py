@@ -38,13 +38,15 @@ def power_of_two(pointer):
 
 
 @triton.jit
-def shifted(pointer, first, row_stride, column_stride, columns, keep, inside, pivot, ROWS: tl.constexpr):
-    """x - c in float32, exactly 0 in rows and features that do not take part."""
+def shifted(pointer, first, row_stride, column_stride, columns, present, keep, inside, pivot, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """x - c in float32, exactly 0 in rows and features that do not take part. EVEN: all features are inside."""
     pointer += tl.cast(first, tl.int64) * row_stride
-    wanted = keep[:, None] & inside[None, :]
     offsets = tl.arange(0, ROWS).to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    wanted = present[:, None]  # not `keep`: a mask without pattern would break up loads along the rows
+    if not EVEN:
+        wanted = wanted & inside[None, :]
     x = tl.load(pointer + offsets, mask=wanted, other=0.0).to(tl.float32)
-    return tl.where(wanted, x - pivot[None, :], 0.0)
+    return tl.where(keep[:, None] if EVEN else keep[:, None] & inside[None, :], x - pivot[None, :], 0.0)
 
 
 @triton.jit
@@ -59,6 +61,7 @@ def crosscorr_moments_kernel(
     product_ptr, sum_x_ptr, sum_y_ptr, square_x_ptr, square_y_ptr,  # [splits, ...]
     n, d1, d2, x_row, x_column, y_row, y_column, weight_stride, blocks,  # of rows, to a range
     WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, ROWS: tl.constexpr,
+    KEPT_X: tl.constexpr, KEPT_Y: tl.constexpr, EVEN_X: tl.constexpr, EVEN_Y: tl.constexpr,
 ):  # fmt: skip
     tiles_j = tl.cdiv(d2, OTHER)
     tiles = tl.cdiv(d1, OWN) * tiles_j
@@ -71,36 +74,36 @@ def crosscorr_moments_kernel(
     inside_y = columns_y < d2
     pivot_x = tl.load(pivot_x_ptr + columns_x, mask=inside_x, other=0.0)
     pivot_y = tl.load(pivot_y_ptr + columns_y, mask=inside_y, other=0.0)
-    KEPT: tl.constexpr = 16
     total = tl.zeros([OWN, OTHER], tl.float32)
-    sum_x = tl.zeros([KEPT, OWN], tl.float32)
-    square_x = tl.zeros([KEPT, OWN], tl.float32)
-    sum_y = tl.zeros([KEPT, OTHER], tl.float32)
-    square_y = tl.zeros([KEPT, OTHER], tl.float32)
+    sum_x = tl.zeros([KEPT_X, OWN], tl.float32)
+    square_x = tl.zeros([KEPT_X, OWN], tl.float32)
+    sum_y = tl.zeros([KEPT_Y, OTHER], tl.float32)
+    square_y = tl.zeros([KEPT_Y, OTHER], tl.float32)
     unit = 1.0
     if WEIGHTED:
         unit = power_of_two(largest_ptr)  # times a weight, a shifted value must fit into 16 bits
     for block in range(split * blocks, tl.minimum((split + 1) * blocks, tl.cdiv(n, ROWS))):
         first = block * ROWS
         rows = first + tl.arange(0, ROWS)
-        keep = rows < n
+        present = rows < n
+        keep = present
         if WEIGHTED:
-            weight = tl.load(weight_ptr + rows.to(tl.int64) * weight_stride, mask=keep, other=0.0)
+            weight = tl.load(weight_ptr + rows.to(tl.int64) * weight_stride, mask=present, other=0.0)
             keep = weight != 0
-        u = shifted(x_ptr, first, x_row, x_column, columns_x, keep, inside_x, pivot_x, ROWS)
-        v = shifted(y_ptr, first, y_row, y_column, columns_y, keep, inside_y, pivot_y, ROWS)
+        u = shifted(x_ptr, first, x_row, x_column, columns_x, present, keep, inside_x, pivot_x, ROWS, EVEN_X)
+        v = shifted(y_ptr, first, y_row, y_column, columns_y, present, keep, inside_y, pivot_y, ROWS, EVEN_Y)
         if j == 0:
             wu = u
             if WEIGHTED:
                 wu = u * weight[:, None]
-            sum_x += over_rows(wu, ROWS, KEPT, OWN)
-            square_x += over_rows(wu * u, ROWS, KEPT, OWN)
+            sum_x += over_rows(wu, ROWS, KEPT_X, OWN)
+            square_x += over_rows(wu * u, ROWS, KEPT_X, OWN)
         if i == 0:
             wv = v
             if WEIGHTED:
                 wv = v * weight[:, None]
-            sum_y += over_rows(wv, ROWS, KEPT, OTHER)
-            square_y += over_rows(wv * v, ROWS, KEPT, OTHER)
+            sum_y += over_rows(wv, ROWS, KEPT_Y, OTHER)
+            square_y += over_rows(wv * v, ROWS, KEPT_Y, OTHER)
         if WEIGHTED:
             u = u * (weight / unit)[:, None]
         total = add_product(tl.trans(u.to(DTYPE)), v.to(DTYPE), total, PRECISION)
@@ -152,6 +155,7 @@ def moments(x, y, weight):
     crosscorr_moments_kernel[(splits * tiles,)](
         x, y, weight, largest, *pivots, *parts, n, d1, d2, *x.stride(), *y.stride(), 0 if weight is None else weight.stride(0), steps,
         WEIGHTED=weight is not None, DTYPE=form.dtype, PRECISION=form.precision, OWN=blocks.own, OTHER=blocks.other, ROWS=blocks.rows,
+        KEPT_X=blocks.kept(blocks.own, x), KEPT_Y=blocks.kept(blocks.other, y), EVEN_X=d1 % blocks.own == 0, EVEN_Y=d2 % blocks.other == 0,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     product, *sums = (total(part) for part in parts)
