@@ -13,6 +13,7 @@ CALLS = {
     "128, tf32": {"d1": 128, "precision": "high", "weighted": True},
     "100 and 36, bf16, planes": {"d1": 100, "d2": 36, "dtype": torch.bfloat16, "planes": True, "weighted": True},
     "3 and 500, mixed": {"n": 4097, "d1": 3, "d2": 500, "dtype": torch.float16, "dtype_y": torch.float32},
+    "257 and 129, tf32, planes": {"n": 1001, "d1": 257, "d2": 129, "precision": "high", "planes": True},
     "one of everything": {"n": 1, "d1": 1},
     "one of everything, fp16, weights": {"n": 1, "d1": 1, "dtype": torch.float16, "weighted": True},
 }

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pix2rep_kernels.triton.crosscorr_blocks import PROGRAMS, format_of, gradient_blocks
-from pix2rep_kernels.triton.crosscorr_forward import power_of_two, shifted
+from pix2rep_kernels.triton.crosscorr_blocks import PROGRAMS, format_of, gradient_blocks, in_planes
+from pix2rep_kernels.triton.crosscorr_forward import features_of, power_of_two, shifted
 from pix2rep_kernels.triton.tiles import add_product
 
 EDGE = 32
@@ -53,15 +53,19 @@ def affine(
             keep = weight != 0
         total = tl.zeros([ROWS, OWN], tl.float32)
         if WHOLE:
-            v = shifted(other_ptr, first, other_row, other_column, features, present, keep, features < d_other, pivot, ROWS, EVEN_OTHER)
+            own = features_of(own_ptr, first, own_row, own_column, columns, present, inside, ROWS, EVEN_OWN)  # on its way during the product
+            other = features_of(other_ptr, first, other_row, other_column, features, present, features < d_other, ROWS, EVEN_OTHER)
+            v = shifted(other, pivot, keep, features < d_other, EVEN_OTHER)
             total = add_product(v.to(DTYPE), tl.trans(g), total, PRECISION)
         else:
             for k in range(0, d_other, OTHER):
                 inner = k + features
                 pivot = tl.load(pivot_other_ptr + inner, mask=inner < d_other, other=0.0)
-                v = shifted(other_ptr, first, other_row, other_column, inner, present, keep, inner < d_other, pivot, ROWS, EVEN_OTHER)
+                other = features_of(other_ptr, first, other_row, other_column, inner, present, inner < d_other, ROWS, EVEN_OTHER)
+                v = shifted(other, pivot, keep, inner < d_other, EVEN_OTHER)
                 total = add_product(v.to(DTYPE), tl.trans(tl.load(g_ptr + k)), total, PRECISION)
-        u = shifted(own_ptr, first, own_row, own_column, columns, present, keep, inside, pivot_own, ROWS, EVEN_OWN)
+            own = features_of(own_ptr, first, own_row, own_column, columns, present, inside, ROWS, EVEN_OWN)
+        u = shifted(own, pivot_own, keep, inside, EVEN_OWN)
         gradient = constant[None, :] + slope[None, :] * u + total * unit
         if WEIGHTED:
             gradient = tl.where(keep[:, None], gradient * weight[:, None], 0.0)
@@ -120,7 +124,8 @@ def gradients(grad_sums, grad_squares, grad_product, x, y, weight, pivots, needs
     form = format_of(x.dtype, y.dtype)
     top = {torch.float16: 2.0**14, torch.bfloat16: 1.0}[x.dtype] if form.half else 0.0
     largest = torch.linalg.vector_norm(grad_product, float("inf")) if form.half and grad_product.numel() else None
-    blocks = [gradient_blocks(form, *sizes) for sizes in ((d1, d2), (d2, d1))]
+    planes = in_planes(x) or in_planes(y)
+    blocks = [gradient_blocks(form, *sizes, planes) for sizes in ((d1, d2), (d2, d1))]
     dtype = x.dtype if form.half else torch.float32
     operands = [
         scaled(g, form, top if largest is not None else 0.0, largest, dtype, b.own, b.other) if need else None

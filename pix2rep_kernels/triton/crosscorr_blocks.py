@@ -25,6 +25,11 @@ def format_of(x: torch.dtype, y: torch.dtype) -> Format:
     return Format(False, tl.float32, "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
+def in_planes(view: torch.Tensor) -> bool:
+    """Whether rows, not features, are contiguous. Loads along them leave a thread more of a tile's addresses: smaller tiles."""
+    return view.stride(0) < view.stride(1)
+
+
 class Blocks(NamedTuple):
     own: int  # features of x, or of the view whose gradient is taken
     other: int
@@ -34,31 +39,30 @@ class Blocks(NamedTuple):
 
     def kept(self, features: int, view: torch.Tensor) -> int:
         """Rows that all threads together load at once, 16 bytes each: the others of a thread are its own to add. 1 where rows lie along the 16 bytes."""
-        if view.stride(0) == 1 != view.stride(1):
+        if in_planes(view):
             return 1
         return max(1, min(self.rows, self.num_warps * 32 * 16 // (view.element_size() * features)))
 
 
-def product_blocks(form: Format, d1: int, d2: int) -> Blocks:
+def product_blocks(form: Format, d1: int, d2: int, planes: bool) -> Blocks:
     """One tile of the product. x is read cdiv(d2, other) times and y cdiv(d1, own) times, but for the first from L2: the programs of one range of rows
     follow each other. That is twice at D = 256 and once to D = 128; 64 features at most in tf32x3, which needs its operands twice."""
-    edge = 64 if form.precision == "tf32x3" else 128
+    edge = 64 if form.precision == "tf32x3" or planes else 128
     own, other = (min(edge, max(16, triton.next_power_of_2(d))) for d in (d1, d2))
     return Blocks(own, other, 32, 8 if own * other >= 64 * 128 else 4, 3 if form.half else 2)
 
 
-def splits_of(n: int, d1: int, d2: int, blocks: Blocks) -> int:
+def splits_of(n: int, tiles: int, blocks: Blocks) -> int:
     """Ranges of rows whose products are added at the end: as many as give every multiprocessor its programs, each of at least four steps."""
-    tiles = triton.cdiv(d1, blocks.own) * triton.cdiv(d2, blocks.other)
     return max(1, min(triton.cdiv(PROGRAMS, tiles), n // (4 * blocks.rows)))
 
 
-def gradient_blocks(form: Format, d_own: int, d_other: int) -> Blocks:
+def gradient_blocks(form: Format, d_own: int, d_other: int, planes: bool) -> Blocks:
     """Rows x own features of one gradient; other features are taken `other` at a time. All at once where they fit: then the gradient of the product stays
     in shared memory for all rows of a program, and the other view is read cdiv(d_own, own) times, but for the first from L2."""
     own, other = (max(16, triton.next_power_of_2(d)) for d in (d_own, d_other))
     if form.half:
         return Blocks(min(own, 128), other if other <= 256 else 64, 64, 8, 2)
     if form.precision == "tf32":
-        return Blocks(min(own, 128), min(other, 64), 64, 8, 2)
+        return Blocks(min(own, 64 if planes else 128), min(other, 64), 64, 8, 2)
     return Blocks(min(own, 64), min(other, 32), 64, 8, 2)

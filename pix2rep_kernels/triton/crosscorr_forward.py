@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pix2rep_kernels.triton.crosscorr_blocks import format_of, product_blocks, splits_of
+from pix2rep_kernels.triton.crosscorr_blocks import format_of, in_planes, product_blocks, splits_of
 from pix2rep_kernels.triton.tiles import add_product
 
 PILOT_ROWS = 128
@@ -38,15 +38,18 @@ def power_of_two(pointer):
 
 
 @triton.jit
-def shifted(pointer, first, row_stride, column_stride, columns, present, keep, inside, pivot, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """x - c in float32, exactly 0 in rows and features that do not take part. EVEN: all features are inside."""
+def features_of(pointer, first, row_stride, column_stride, columns, present, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """A block of rows as it is stored. EVEN: all features are inside. Rows left out by their weight are read too: a mask without pattern would break up
+    loads along the rows."""
     pointer += tl.cast(first, tl.int64) * row_stride
     offsets = tl.arange(0, ROWS).to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    wanted = present[:, None]  # not `keep`: a mask without pattern would break up loads along the rows
-    if not EVEN:
-        wanted = wanted & inside[None, :]
-    x = tl.load(pointer + offsets, mask=wanted, other=0.0).to(tl.float32)
-    return tl.where(keep[:, None] if EVEN else keep[:, None] & inside[None, :], x - pivot[None, :], 0.0)
+    return tl.load(pointer + offsets, mask=present[:, None] if EVEN else present[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def shifted(x, pivot, keep, inside, EVEN: tl.constexpr):
+    """x - c in float32, exactly 0 in rows and features that do not take part."""
+    return tl.where(keep[:, None] if EVEN else keep[:, None] & inside[None, :], x.to(tl.float32) - pivot[None, :], 0.0)
 
 
 @triton.jit
@@ -63,8 +66,8 @@ def crosscorr_moments_kernel(
     WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, ROWS: tl.constexpr,
     KEPT_X: tl.constexpr, KEPT_Y: tl.constexpr, EVEN_X: tl.constexpr, EVEN_Y: tl.constexpr,
 ):  # fmt: skip
-    tiles_j = tl.cdiv(d2, OTHER)
-    tiles = tl.cdiv(d1, OWN) * tiles_j
+    tiles_j = tl.maximum(tl.cdiv(d2, OTHER), 1)
+    tiles = tl.maximum(tl.cdiv(d1, OWN), 1) * tiles_j
     split = tl.program_id(0) // tiles
     i = tl.program_id(0) % tiles // tiles_j
     j = tl.program_id(0) % tiles_j
@@ -90,8 +93,10 @@ def crosscorr_moments_kernel(
         if WEIGHTED:
             weight = tl.load(weight_ptr + rows.to(tl.int64) * weight_stride, mask=present, other=0.0)
             keep = weight != 0
-        u = shifted(x_ptr, first, x_row, x_column, columns_x, present, keep, inside_x, pivot_x, ROWS, EVEN_X)
-        v = shifted(y_ptr, first, y_row, y_column, columns_y, present, keep, inside_y, pivot_y, ROWS, EVEN_Y)
+        x = features_of(x_ptr, first, x_row, x_column, columns_x, present, inside_x, ROWS, EVEN_X)
+        y = features_of(y_ptr, first, y_row, y_column, columns_y, present, inside_y, ROWS, EVEN_Y)
+        u = shifted(x, pivot_x, keep, inside_x, EVEN_X)
+        v = shifted(y, pivot_y, keep, inside_y, EVEN_Y)
         if j == 0:
             wu = u
             if WEIGHTED:
@@ -145,12 +150,12 @@ def moments(x, y, weight):
     count = x.new_full((), n, dtype=torch.float32) if weight is None else weight.sum()
     pivots = [pivot(t, weight) for t in (x, y)]
     form = format_of(x.dtype, y.dtype)
-    blocks = product_blocks(form, d1, d2)
-    splits = splits_of(n, d1, d2, blocks)
+    blocks = product_blocks(form, d1, d2, in_planes(x) or in_planes(y))
+    tiles = triton.cdiv(max(d1, 1), blocks.own) * triton.cdiv(max(d2, 1), blocks.other)  # a view without features leaves the other its sums
+    splits = splits_of(n, tiles, blocks)
     steps = triton.cdiv(triton.cdiv(n, blocks.rows), splits)
     shapes = ((d1, d2), (d1,), (d2,), (d1,), (d2,))
     parts = [x.new_empty((splits, *shape), dtype=torch.float32) for shape in shapes]
-    tiles = triton.cdiv(max(d1, 1), blocks.own) * triton.cdiv(max(d2, 1), blocks.other)  # a view without features leaves the other its sums
     largest = None if weight is None else torch.linalg.vector_norm(weight, float("inf")) if n else weight.new_ones(())
     crosscorr_moments_kernel[(splits * tiles,)](
         x, y, weight, largest, *pivots, *parts, n, d1, d2, *x.stride(), *y.stride(), 0 if weight is None else weight.stride(0), steps,
