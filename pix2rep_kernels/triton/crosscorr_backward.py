@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pix2rep_kernels.triton.crosscorr_blocks import PROGRAMS, format_of, gradient_blocks, in_planes
+from pix2rep_kernels.triton.crosscorr_blocks import PROGRAMS, even, format_of, gradient_blocks, in_planes
 from pix2rep_kernels.triton.crosscorr_forward import features_of, power_of_two, shifted
 from pix2rep_kernels.triton.tiles import add_product
 
@@ -141,7 +141,7 @@ def gradients(grad_sums, grad_squares, grad_product, x, y, weight, pivots, needs
         NEED_X=needs[0], NEED_Y=needs[1], WEIGHTED=weight is not None, TOP=top if largest is not None else 0.0, DTYPE=form.dtype,
         PRECISION=form.precision, OWN_X=blocks[0].own, OTHER_X=blocks[0].other, OWN_Y=blocks[1].own, OTHER_Y=blocks[1].other, ROWS=rows,
         WHOLE_X=d2 <= blocks[0].other, WHOLE_Y=d1 <= blocks[1].other,
-        EVEN_X=d1 % max(blocks[0].own, blocks[1].other) == 0, EVEN_Y=d2 % max(blocks[1].own, blocks[0].other) == 0,
+        EVEN_X=even(d1, max(blocks[0].own, blocks[1].other)), EVEN_Y=even(d2, max(blocks[1].own, blocks[0].other)),
         num_warps=max(b.num_warps for b in blocks), num_stages=min(b.num_stages for b in blocks),
     )  # fmt: skip
     return tuple(grads)

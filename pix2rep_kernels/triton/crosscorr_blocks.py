@@ -30,6 +30,11 @@ def in_planes(view: torch.Tensor) -> bool:
     return view.stride(0) < view.stride(1)
 
 
+def even(d: int, block: int) -> bool:
+    """Whether whole blocks hold exactly the features."""
+    return d > 0 and d % block == 0
+
+
 class Blocks(NamedTuple):
     own: int  # features of x, or of the view whose gradient is taken
     other: int
@@ -49,7 +54,7 @@ def product_blocks(form: Format, d1: int, d2: int, planes: bool) -> Blocks:
     follow each other. That is twice at D = 256 and once to D = 128; 64 features at most in tf32x3, which needs its operands twice."""
     edge = 64 if form.precision == "tf32x3" or planes else 128
     own, other = (min(edge, max(16, triton.next_power_of_2(d))) for d in (d1, d2))
-    return Blocks(own, other, 32, 8 if own * other >= 64 * 128 else 4, 3 if form.half else 2)
+    return Blocks(own, other, 32, 8 if own * other >= 64 * 128 or planes else 4, 3 if form.half else 2)
 
 
 def splits_of(n: int, tiles: int, blocks: Blocks) -> int:

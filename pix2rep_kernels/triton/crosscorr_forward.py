@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pix2rep_kernels.triton.crosscorr_blocks import format_of, in_planes, product_blocks, splits_of
+from pix2rep_kernels.triton.crosscorr_blocks import even, format_of, in_planes, product_blocks, splits_of
 from pix2rep_kernels.triton.tiles import add_product
 
 PILOT_ROWS = 128
@@ -160,7 +160,7 @@ def moments(x, y, weight):
     crosscorr_moments_kernel[(splits * tiles,)](
         x, y, weight, largest, *pivots, *parts, n, d1, d2, *x.stride(), *y.stride(), 0 if weight is None else weight.stride(0), steps,
         WEIGHTED=weight is not None, DTYPE=form.dtype, PRECISION=form.precision, OWN=blocks.own, OTHER=blocks.other, ROWS=blocks.rows,
-        KEPT_X=blocks.kept(blocks.own, x), KEPT_Y=blocks.kept(blocks.other, y), EVEN_X=d1 % blocks.own == 0, EVEN_Y=d2 % blocks.other == 0,
+        KEPT_X=blocks.kept(blocks.own, x), KEPT_Y=blocks.kept(blocks.other, y), EVEN_X=even(d1, blocks.own), EVEN_Y=even(d2, blocks.other),
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     product, *sums = (total(part) for part in parts)
