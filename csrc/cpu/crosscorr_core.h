@@ -92,6 +92,8 @@ class Groups {
         rows_[r] = pivot_;
       } else if (direct_) {
         rows_[r] = reinterpret_cast<const T*>(row);
+        // The next chunk is on its way while this one is multiplied.
+        for (int64_t line = 0; line < view_.d * int64_t(sizeof(T)); line += 64) __builtin_prefetch(row + kChunkRows * view_.row_bytes + line);
       } else {
         T* copy = copies_.get() + r * view_.ld();
         kernels<T>().read(row, view_.column_bytes, view_.storage, view_.d, copy);
@@ -130,8 +132,12 @@ Workspace<T> pivot(const CrosscorrView& view, const T* weight, int64_t n) {
   return row;
 }
 
-// A chunk adds 2 kChunkRows flops to each number of its partial: four chunks outweigh the reduction.
-inline int64_t partials_of(int64_t chunks) { return std::clamp<int64_t>(chunks / 4, 1, 32); }
+// Partial products: a chunk adds 2 kChunkRows flops to each number, so that four chunks outweigh the reduction; at most 32, within 64 MiB while more
+// than four.
+inline int64_t partials_of(int64_t chunks, int64_t bytes) {
+  const int64_t fitting = (int64_t(64) << 20) / std::max<int64_t>(bytes, 1);
+  return std::clamp<int64_t>(std::min(chunks / 4, std::max<int64_t>(fitting, 4)), 1, 32);
+}
 
 template <class T>
 struct Weights {  // of one group, 0 past the end
@@ -175,7 +181,7 @@ void crosscorr_forward(const CrosscorrView& x, const CrosscorrView& y, const T* 
                        const CrosscorrMoments<T>& out) {
   using namespace crosscorr;
   const int64_t lx = x.ld(), ly = y.ld(), both = lx + ly;
-  const int64_t chunks = (n + kChunkRows - 1) / kChunkRows, partials = partials_of(chunks);
+  const int64_t chunks = (n + kChunkRows - 1) / kChunkRows, partials = partials_of(chunks, lx * ly * int64_t(sizeof(T)));
   const Workspace<T> pivot_x = pivot(x, weight, n), pivot_y = pivot(y, weight, n);
   const Workspace<double> sums(partials * 2 * both, 0.0);
   const Workspace<T> products(partials * lx * ly);
