@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pix2rep_kernels.triton.crosscorr_blocks import PROGRAMS, even, format_of, gradient_blocks, in_planes
+from pix2rep_kernels.triton.crosscorr_blocks import PROGRAMS, even, format_of, gradient_blocks, scattered
 from pix2rep_kernels.triton.crosscorr_forward import features_of, power_of_two, shifted
 from pix2rep_kernels.triton.tiles import add_product
 
@@ -124,8 +124,8 @@ def gradients(grad_sums, grad_squares, grad_product, x, y, weight, pivots, needs
     form = format_of(x.dtype, y.dtype)
     top = {torch.float16: 2.0**14, torch.bfloat16: 1.0}[x.dtype] if form.half else 0.0
     largest = torch.linalg.vector_norm(grad_product, float("inf")) if form.half and grad_product.numel() else None
-    planes = in_planes(x) or in_planes(y)
-    blocks = [gradient_blocks(form, *sizes, planes) for sizes in ((d1, d2), (d2, d1))]
+    narrow = scattered(x) or scattered(y)
+    blocks = [gradient_blocks(form, *sizes, narrow) for sizes in ((d1, d2), (d2, d1))]
     dtype = x.dtype if form.half else torch.float32
     operands = [
         scaled(g, form, top if largest is not None else 0.0, largest, dtype, b.own, b.other) if need else None

@@ -26,8 +26,13 @@ def format_of(x: torch.dtype, y: torch.dtype) -> Format:
 
 
 def in_planes(view: torch.Tensor) -> bool:
-    """Whether rows, not features, are contiguous. Loads along them leave a thread more of a tile's addresses: smaller tiles."""
+    """Whether rows, not features, are contiguous."""
     return view.stride(0) < view.stride(1)
+
+
+def scattered(view: torch.Tensor) -> bool:
+    """Whether features cannot be loaded 16 bytes at a time. A thread then holds more of a tile's addresses: smaller tiles."""
+    return view.stride(1) != 1 or view.stride(0) % 16 != 0
 
 
 def even(d: int, block: int) -> bool:
@@ -49,12 +54,13 @@ class Blocks(NamedTuple):
         return max(1, min(self.rows, self.num_warps * 32 * 16 // (view.element_size() * features)))
 
 
-def product_blocks(form: Format, d1: int, d2: int, planes: bool) -> Blocks:
+def product_blocks(form: Format, d1: int, d2: int, scattered: bool) -> Blocks:
     """One tile of the product. x is read cdiv(d2, other) times and y cdiv(d1, own) times, but for the first from L2: the programs of one range of rows
     follow each other. That is twice at D = 256 and once to D = 128; 64 features at most in tf32x3, which needs its operands twice."""
-    edge = 64 if form.precision == "tf32x3" or planes else 128
-    own, other = (min(edge, max(16, triton.next_power_of_2(d))) for d in (d1, d2))
-    return Blocks(own, other, 32, 8 if own * other >= 64 * 128 or planes else 4, 3 if form.half else 2)
+    strict = form.precision == "tf32x3"
+    own, other = (min(64 if strict or scattered else 128, max(16, triton.next_power_of_2(d))) for d in (d1, d2))
+    few = own * other <= 64 * 64 and not strict and not scattered
+    return Blocks(own, other, 16 if strict else 32, 4 if few else 8, 3 if form.half else 2)
 
 
 def splits_of(n: int, tiles: int, blocks: Blocks) -> int:
@@ -62,12 +68,12 @@ def splits_of(n: int, tiles: int, blocks: Blocks) -> int:
     return max(1, min(triton.cdiv(PROGRAMS, tiles), n // (4 * blocks.rows)))
 
 
-def gradient_blocks(form: Format, d_own: int, d_other: int, planes: bool) -> Blocks:
+def gradient_blocks(form: Format, d_own: int, d_other: int, scattered: bool) -> Blocks:
     """Rows x own features of one gradient; other features are taken `other` at a time. All at once where they fit: then the gradient of the product stays
     in shared memory for all rows of a program, and the other view is read cdiv(d_own, own) times, but for the first from L2."""
     own, other = (max(16, triton.next_power_of_2(d)) for d in (d_own, d_other))
     if form.half:
         return Blocks(min(own, 128), other if other <= 256 else 64, 64, 8, 2)
     if form.precision == "tf32":
-        return Blocks(min(own, 64 if planes else 128), min(other, 64), 64, 8, 2)
-    return Blocks(min(own, 64), min(other, 32), 64, 8, 2)
+        return Blocks(min(own, 64 if scattered else 128), min(other, 64), 64, 8, 2)
+    return Blocks(min(own, 32 if scattered else 64), min(other, 16), 64, 8, 2)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pix2rep_kernels.triton.crosscorr_blocks import even, format_of, in_planes, product_blocks, splits_of
+from pix2rep_kernels.triton.crosscorr_blocks import even, format_of, product_blocks, scattered, splits_of
 from pix2rep_kernels.triton.tiles import add_product
 
 PILOT_ROWS = 128
@@ -150,7 +150,7 @@ def moments(x, y, weight):
     count = x.new_full((), n, dtype=torch.float32) if weight is None else weight.sum()
     pivots = [pivot(t, weight) for t in (x, y)]
     form = format_of(x.dtype, y.dtype)
-    blocks = product_blocks(form, d1, d2, in_planes(x) or in_planes(y))
+    blocks = product_blocks(form, d1, d2, scattered(x) or scattered(y))
     tiles = triton.cdiv(max(d1, 1), blocks.own) * triton.cdiv(max(d2, 1), blocks.other)  # a view without features leaves the other its sums
     splits = splits_of(n, tiles, blocks)
     steps = triton.cdiv(triton.cdiv(n, blocks.rows), splits)
