@@ -108,7 +108,8 @@ def crosscorr_gradients_kernel(
 
 def scaled(g, form, top, largest, dtype, own, other):
     """g [D_own, D_other] as the products take it: padded to whole blocks, the features that are summed over contiguous."""
-    padded = [max(EDGE, triton.cdiv(d, block) * block) for d, block in zip(g.shape, (own, other), strict=True)]
+    units = [max(EDGE, block) for block in (own, other)]  # powers of two
+    padded = [triton.cdiv(max(d, 1), unit) * unit for d, unit in zip(g.shape, units, strict=True)]
     out = g.new_empty(padded, dtype=dtype)
     grid = [size // EDGE for size in padded]
     crosscorr_scale_kernel[tuple(grid)](g, largest, out, *g.shape, *g.stride(), padded[1], TOP=top, EDGE=EDGE)
