@@ -5,14 +5,11 @@ without, X^T Y, Y G^T and X G. C and gradients of both are checked against float
 size that is timed.
 """
 
-import argparse
-import json
-import platform
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import harness
 from benchmarks.harness import interleaved, peak_mib
 from pix2rep_kernels import crosscorr
 from pix2rep_kernels.testing import error, tolerance
@@ -112,27 +109,21 @@ def test_crosscorr(benchmark, which, size):
     benchmark.pedantic(call, args=arguments, rounds=3, warmup_rounds=1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--large", action="store_true", help=f"N = {LARGE[0]:,} too: 13 GB of memory for eager")
-    parser.add_argument("--json", help="write the rows here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    columns = ("ours ms", "eager ms", "ratio", "of floor", "MiB", "eager MiB", "gradients", "error", "eager")
-    print(" " * 20 + "".join(f"{name:>10}" for name in columns))
-    table = []
-    for n, d in [*SIZES, *([LARGE] if arguments.large else [])]:
-        table.append(r := measure(n, d))
-        ours, eager = (1e3 * r[name]["median_s"] for name in ("ours", "eager"))
-        memory = f"{r['extra_MiB']:10.0f}{r['eager_extra_MiB']:10.0f}{r['gradients_MiB']:10.0f}"
-        name = f"N={n} D={d}"
-        print(f"{name:20}{ours:10.2f}{eager:10.2f}{r['ratio']:10.2f}{r['of_floor']:10.2f}{memory}{r['error']:10.1e}{r['eager_error']:10.1e}", flush=True)
-    if arguments.json:
-        from pix2rep_kernels.__main__ import versions
+HEADER = " " * 20 + "".join(f"{name:>10}" for name in ("ours ms", "eager ms", "ratio", "of floor", "MiB", "eager MiB", "gradients", "error", "eager"))
 
-        with open(arguments.json, "w") as file:
-            json.dump({"threads": arguments.threads, "platform": platform.platform(), "versions": versions(), "rows": table}, file, indent=1)
+
+def line(r):
+    mine, theirs = (1e3 * r[name]["median_s"] for name in ("ours", "eager"))
+    memory = f"{r['extra_MiB']:10.0f}{r['eager_extra_MiB']:10.0f}{r['gradients_MiB']:10.0f}"
+    name = f"N={r['N']} D={r['D']}"
+    return f"{name:20}{mine:10.2f}{theirs:10.2f}{r['ratio']:10.2f}{r['of_floor']:10.2f}{memory}{r['error']:10.1e}{r['eager_error']:10.1e}"
+
+
+def main():
+    parser = harness.parser(__doc__)
+    parser.add_argument("--large", action="store_true", help=f"N = {LARGE[0]:,} too: 13 GB of memory for eager")
+    asked = harness.start(parser)
+    harness.tabulate(asked, HEADER, (measure(*size, asked.repeats) for size in [*SIZES, *([LARGE] if asked.large else [])]), line)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ CALLS = {
     "one of everything": {"n": 1, "d1": 1},
     "one of everything, fp16, weights": {"n": 1, "d1": 1, "dtype": torch.float16, "weighted": True},
 }
+LARGE = {name for name in CALLS if "one of everything" not in name}
+MATRIX = {"crosscorr_gradients_kernel": LARGE, "crosscorr_moments_kernel": LARGE - {"3 and 500, mixed"}}
 
 
 def call(d1, n=65_536, d2=None, dtype=torch.float32, dtype_y=None, weighted=False, planes=False, precision="highest"):
