@@ -27,6 +27,11 @@ CALLS = {
     "one of everything": {"clusters": 1, "batch": 1, "space": (1, 1)},
     "one of everything, 3D, mask, radius 1": {"clusters": 1, "batch": 1, "space": (1, 1, 1), "radius": 1, "collapsed": False, "masked": True},
 }  # fmt: skip
+MATRIX = {
+    "joint_sums": {name for name in CALLS if name.startswith(("K=33", "K=40", "K=60", "K=128"))},
+    "joint_gradients": {"K=40, fp32", "K=40, fp16", "K=40, bf16, last", "K=128, fp32", "K=128, fp32, tf32", "K=128, bf16", "K=33, odd"},
+    "joint_side": {"K=60, radius 2, each, fp16", "K=128, radius 1, each"},
+}
 
 
 def call(

@@ -24,10 +24,9 @@ import torch
 import triton
 
 from benchmarks.harness import commit
-from benchmarks.jit_calls import compiling
+from benchmarks.jit_calls import SHARED, compiling
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED = {80: 166912, 90: 232448}  # bytes that one program may hold
 
 
 class Code(NamedTuple):

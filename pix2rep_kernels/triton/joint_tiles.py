@@ -95,7 +95,8 @@ class Format(NamedTuple):
 
     @property
     def options(self) -> dict:
-        blocks = {"KP": self.padded, "P": self.pixels, "num_warps": self.num_warps, "num_stages": 2}
+        stages = 2 if self.half or self.padded < 128 else 1  # rows fetched ahead would spill beside three products
+        blocks = {"KP": self.padded, "P": self.pixels, "num_warps": self.num_warps, "num_stages": stages}
         return {**blocks, "HALF": self.half, "PRECISION": self.precision}
 
     @property
