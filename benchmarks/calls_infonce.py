@@ -15,7 +15,6 @@ CALLS = {
     "joint, online, tf32x3": {"negatives": "joint", "n": 5, "m": 5, "d": 64, "floor": 0.002, "precision": "tf32x3"},
 }
 MATRIX = dict.fromkeys(("sums", "edges", "online", "products"), set(CALLS))
-ONE_OFF = {name for name in CALLS if "one of everything" in name}
 
 
 def call(negatives, n=1, m=1, d=1, queue=0, positive=False, masks=False, ids=False, floor=0.1, dtype=torch.float32, precision="fp16"):

@@ -6,9 +6,9 @@
     call     runs the host functions of the op, forward and backward, on CPU tensors
     MATRIX   kernel -> names of the calls whose products are large: HGMMA on sm_90, HMMA on sm_80
     WIDE     kernel -> names of the calls whose rows are aligned: read 16 bytes at a time
-    ONE_OFF  names of the calls whose shapes only try what the JIT does with sizes of 1 and the like
+    ONE_OFF  names of the calls whose shapes only try what the JIT does with sizes of 1 and the like; left out: those with "one of everything" in them
 
-of which the last three may be left out.
+MATRIX is needed where kernels multiply matrices, WIDE may be left out.
 """
 
 import collections
@@ -24,10 +24,9 @@ import torch
 import triton
 
 from benchmarks.harness import commit
-from benchmarks.jit_calls import compiling
+from benchmarks.jit_calls import SHARED, compiling
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED = {80: 166912, 90: 232448}  # bytes that one program may hold
 
 
 class Code(NamedTuple):
@@ -70,6 +69,7 @@ def calls_of(op: str) -> ModuleType:
 def call_rows(op: str, name: str, chip: int) -> list[dict]:
     """One row for each kernel that a call launches on sm_<chip>."""
     calls = calls_of(op)
+    one_off = getattr(calls, "ONE_OFF", {call for call in calls.CALLS if "one of everything" in call})
     with compiling(chip) as kernels:
         calls.call(**calls.CALLS[name])
     rows = []
@@ -78,7 +78,7 @@ def call_rows(op: str, name: str, chip: int) -> list[dict]:
         names = collections.Counter(opcode(text) for _, text in code.instructions)
         loads = [int(match[1]) for load in names if (match := re.match(r"LDG(?:STS)?\.E\.(?:\w+\.)*?(64|128)\b", load))]
         rows.append({
-            "op": op, "kernel": kernel, "call": name, "sm": chip, "one_off": name in getattr(calls, "ONE_OFF", ()),
+            "op": op, "kernel": kernel, "call": name, "sm": chip, "one_off": name in one_off,
             "num_warps": compiled.metadata.num_warps, "registers": code.registers, "stack_bytes": code.stack,
             "spills": sum(count for load, count in names.items() if is_spill(load)), "shared_bytes": code.shared, "fits": code.shared <= SHARED[chip],
             "widest_load_bits": max(loads, default=32), "instructions": names.total(),

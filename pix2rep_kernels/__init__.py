@@ -1,6 +1,9 @@
 """Fused kernels and losses for dense self-supervised pre-training: N x N pixel contrast in O(N D) memory."""
 
 from pix2rep_kernels.dispatch import why_not
+from pix2rep_kernels.losses.bim import BoundaryInfoMaxLoss
+from pix2rep_kernels.losses.lrc import LocalRegionContrastLoss
+from pix2rep_kernels.losses.pgl import PriorGuidedLocalLoss, box_grid
 from pix2rep_kernels.losses.pix2rep import Pix2RepLoss
 from pix2rep_kernels.ops.align import align
 from pix2rep_kernels.ops.crosscorr import crosscorr
@@ -11,4 +14,7 @@ from pix2rep_kernels.ops.pool import pool
 from pix2rep_kernels.ops.warp import warp
 
 __version__ = "0.1.0"
-__all__ = ["Pix2RepLoss", "align", "crosscorr", "infonce", "joint", "lncc", "pool", "warp", "why_not"]
+__all__ = [
+    "BoundaryInfoMaxLoss", "LocalRegionContrastLoss", "Pix2RepLoss", "PriorGuidedLocalLoss", "align", "box_grid", "crosscorr", "infonce", "joint", "lncc",
+    "pool", "warp", "why_not",
+]  # fmt: skip

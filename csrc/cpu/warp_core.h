@@ -34,20 +34,20 @@ struct Map {
   S* image(int64_t b) const { return data + b * batch_stride; }
 };
 
-// Memory that nobody has written yet.
+// Memory that nobody has written yet, from a cache line on. (std::aligned_alloc of glibc before 2.38 takes a fresh piece each time, however many it freed.)
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : memory_(static_cast<T*>(std::aligned_alloc(64, (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64))) {
+  explicit Scratch(int64_t count) : memory_(std::malloc(size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63)) {
     if (!memory_) throw std::bad_alloc();
   }
-  T* get() const { return memory_.get(); }
+  T* get() const { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64); }
 
  private:
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    void operator()(void* p) const { std::free(p); }
   };
-  std::unique_ptr<T, Free> memory_;
+  std::unique_ptr<void, Free> memory_;
 };
 
 // Points grouped by image, in their own order inside it, and cut in chunks.
@@ -120,6 +120,53 @@ inline int taps_of(Mode mode, int dims) {
   const int k = int(mode);
   return dims == 3 ? k * k * k : k * k;
 }
+
+// The gradient of channels [begin, begin + width) of image b, which one task adds to: in place where that is the memory to add to, else in a copy.
+// Rows need their channels side by side; columns (`planes`) take any strides.
+template <class S>
+class Block {
+ public:
+  using T = Compute<S>;
+  T* data;
+  int64_t channel_stride, pixel_stride;
+
+  static bool in_place(const Map<S>& map, bool planes) { return std::is_same_v<S, T> && (planes || map.channels_last); }
+
+  Block(const Map<S>& map, int64_t b, int64_t begin, int64_t width, bool planes)
+      : map_(map), to_(map.image(b) + begin * (map.channels_last ? 1 : map.stride)), width_(width), in_place_(in_place(map, planes)),
+        copy_(in_place_ ? 0 : map.pixels * width) {
+    const bool last = map.channels_last || !planes;
+    if (in_place_) {
+      if constexpr (std::is_same_v<S, T>) data = to_;
+      channel_stride = last ? 1 : map.stride, pixel_stride = last ? map.stride : 1;
+    } else {
+      data = copy_.get(), channel_stride = last ? 1 : map.pixels, pixel_stride = last ? width : 1;
+    }
+    const int64_t outer = last ? map.pixels : width, inner = last ? width : map.pixels, stride = last ? pixel_stride : channel_stride;
+    for (int64_t i = 0; i < outer; ++i) std::fill_n(data + i * stride, inner, T(0));
+  }
+
+  void finish() const {
+    if (in_place_) return;
+    const auto& kernels = warp_kernels<S>();
+    if (map_.channels_last)
+      for (int64_t p = 0; p < map_.pixels; ++p) kernels.convert(data + p * width_, width_, to_ + p * map_.stride);
+    else if (channel_stride == 1)
+      kernels.transpose_out(data, width_, map_.pixels, width_, to_, map_.stride);
+    else
+      for (int64_t c = 0; c < width_; ++c) kernels.convert(data + c * channel_stride, map_.pixels, to_ + c * map_.stride);
+  }
+
+ private:
+  const Map<S>& map_;
+  S* const to_;
+  const int64_t width_;
+  const bool in_place_;
+  const Scratch<T> copy_;
+};
+
+// Channels of a block: as many as fit half of the second-level cache.
+inline int64_t block_width(int64_t pixel_bytes) { return std::max(kLine, kBlockBytes / pixel_bytes / kLine * kLine); }
 
 // Where the points are and the kernels that know; what both passes share.
 template <class S, class G>
@@ -205,36 +252,17 @@ void warp_backward(const S* grad_rows, const S* rows, const Compute<S>* norms, c
     if (norms) kernels.dots(all[c], rows, grad_rows, map.channels, dot.get() + c * kChunk);
   });
 
-  constexpr bool same = std::is_same_v<S, T>;
-  const bool planes = same && !map.channels_last && (map.channels < kFew || sparse(points, map.batch, map.pixels));
-  const bool in_place = same && (map.channels_last || planes);
-  const int64_t cached = kBlockBytes / (map.pixels * int64_t(sizeof(T))) / kLine * kLine;
-  const int64_t width = in_place && map.channels_last ? 4 * kLine : std::max(kLine, cached);
+  const bool planes = std::is_same_v<S, T> && !map.channels_last && (map.channels < kFew || sparse(points, map.batch, map.pixels));
+  const int64_t width = map.channels_last && Block<S>::in_place(map, planes) ? 4 * kLine : block_width(map.pixels * int64_t(sizeof(T)));
   const int64_t blocks = (map.channels + width - 1) / width;
   parallel(map.batch * blocks, [&](int64_t task) {
     const int64_t b = task / blocks, begin = task % blocks * width, count = std::min(width, map.channels - begin);
-    const Scratch<T> df(count), copy(in_place ? 0 : map.pixels * count);
-    const auto scatter = [&](auto kernel, T* to, int64_t stride) {
-      for (int64_t c = points.first_chunk[b]; c < points.first_chunk[b + 1]; ++c)
-        kernel(all[c], rows, grad_rows, norms, dot.get() + c * kChunk, map.channels, begin, count, to, stride, df.get());
-    };
-    S* const to = map.image(b) + begin * (map.channels_last ? 1 : map.stride);
-    if constexpr (same) {
-      if (in_place && map.channels_last) {
-        for (int64_t p = 0; p < map.pixels; ++p) std::fill_n(to + p * map.stride, count, T(0));
-        return scatter(kernels.scatter, to, map.stride);
-      }
-      if (in_place) {
-        for (int64_t c = 0; c < count; ++c) std::fill_n(to + c * map.stride, map.pixels, T(0));
-        return scatter(kernels.scatter_planes, to, map.stride);
-      }
-    }
-    std::fill_n(copy.get(), map.pixels * count, T(0));
-    scatter(kernels.scatter, copy.get(), count);
-    if (map.channels_last)
-      for (int64_t p = 0; p < map.pixels; ++p) kernels.convert(copy.get() + p * count, count, to + p * map.stride);
-    else
-      kernels.transpose_out(copy.get(), count, map.pixels, count, to, map.stride);
+    const Scratch<T> df(count);
+    const Block<S> block(map, b, begin, count, planes);
+    for (int64_t c = points.first_chunk[b]; c < points.first_chunk[b + 1]; ++c)
+      (planes ? kernels.scatter_planes : kernels.scatter)(all[c], rows, grad_rows, norms, dot.get() + c * kChunk, map.channels, begin, count, block.data,
+                                                          planes ? block.channel_stride : block.pixel_stride, df.get());
+    block.finish();
   });
 }
 

@@ -12,160 +12,9 @@ namespace pix2rep {
 namespace PIX2REP_ISA {
 
 #include "simd.h"
+#include "warp_rows.h"
 
 namespace {
-
-// Storage to float and back, by bits so that every loop over them vectorises; rounding is to nearest even.
-static inline float widen(float x) { return x; }
-static inline double widen(double x) { return x; }
-
-static inline float widen(BF16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
-static inline float widen(F16 x) {
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-  float out;
-  std::memcpy(&out, &magnitude, 4);
-  out *= 0x1p112f;  // moves the exponent's bias, exact for denormals too
-  uint32_t bits;
-  std::memcpy(&bits, &out, 4);
-  bits |= sign | ((x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u);
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
-static inline void narrow(float x, float& out) { out = x; }
-static inline void narrow(double x, double& out) { out = x; }
-
-static inline void narrow(float x, BF16& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out.bits = uint16_t(x == x ? rounded : 0x7fc0);
-}
-
-static inline void narrow(float x, F16& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t sign = bits & 0x80000000u, magnitude = bits ^ sign;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  float absolute;
-  std::memcpy(&absolute, &magnitude, 4);
-  const float shifted = absolute + 0.5f;  // 24 bits below 2^-1 end where a denormal's 10 do
-  uint32_t denormal;
-  std::memcpy(&denormal, &shifted, 4);
-  denormal -= 126u << 23;
-  uint32_t half = magnitude < (113u << 23) ? denormal : normal;
-  half = magnitude >= (143u << 23) ? 0x7c00u : half;
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;
-  out.bits = uint16_t(half | sign >> 16);
-}
-
-template <class S>
-static inline Vec<Compute<S>> read(const S* p) {
-  if constexpr (sizeof(S) > 2) {
-    return load(p);
-  } else {
-    constexpr int W = Simd<float>::width;
-    float wide[W];
-    for (int i = 0; i < W; ++i) wide[i] = widen(p[i]);
-    return load(wide);
-  }
-}
-
-// The first n < width values; the others are 0.
-template <class S>
-static inline Vec<Compute<S>> read_some(const S* p, int64_t n) {
-  using T = Compute<S>;
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<S, float>) return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
-  if constexpr (std::is_same_v<S, double>) return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
-#endif
-  T some[Simd<T>::width] = {};
-  for (int64_t i = 0; i < n; ++i) some[i] = widen(p[i]);
-  return load(some);
-}
-
-template <class S>
-static inline void write(S* p, Vec<Compute<S>> v) {
-  if constexpr (sizeof(S) > 2) {
-    store(p, v);
-  } else {
-    constexpr int W = Simd<float>::width;
-    float wide[W];
-    store(wide, v);
-    for (int i = 0; i < W; ++i) narrow(wide[i], p[i]);
-  }
-}
-
-template <class S>
-static inline void write_some(S* p, Vec<Compute<S>> v, int64_t n) {
-  using T = Compute<S>;
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
-  if constexpr (std::is_same_v<S, double>) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
-#endif
-  T some[Simd<T>::width];
-  store(some, v);
-  for (int64_t i = 0; i < n; ++i) narrow(some[i], p[i]);
-}
-
-// f(c, vectors, n): whole groups of 4 and 1 vectors with n = 0, then the last n < width values.
-template <class T, class F>
-static inline void sweep(int64_t count, const F& f) {
-  constexpr int64_t W = Simd<T>::width;
-  int64_t c = 0;
-  for (; c + 4 * W <= count; c += 4 * W) f(c, std::integral_constant<int, 4>{}, std::false_type{});
-  for (; c + W <= count; c += W) f(c, std::integral_constant<int, 1>{}, std::false_type{});
-  if (c < count) f(c, std::integral_constant<int, 1>{}, std::true_type{});
-}
-
-// out[c] = sum_k w[k] from[k][c]
-template <class X, class T>
-static inline void weighted_sum(const X* const* from, const T* w, int taps, int64_t channels, T* out) {
-  constexpr int W = Simd<T>::width;
-  sweep<T>(channels, [&](int64_t c, auto vectors, auto partial) {
-    constexpr int N = decltype(vectors)::value;
-    Vec<T> sum[N] = {};
-    for (int k = 0; k < taps; ++k)
-#pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) {
-        const X* p = from[k] + c + v * W;
-        sum[v] += broadcast(w[k]) * (partial ? read_some(p, channels - c) : read(p));
-      }
-#pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) partial ? write_some(out + c, sum[v], channels - c) : write(out + c + v * W, sum[v]);
-  });
-}
-
-template <class X, class Y, class T>
-static inline T inner(const X* x, const Y* y, int64_t count) {
-  constexpr int W = Simd<T>::width;
-  Vec<T> sum[4] = {};
-  sweep<T>(count, [&](int64_t c, auto vectors, auto partial) {
-#pragma GCC unroll 4
-    for (int v = 0; v < decltype(vectors)::value; ++v)
-      sum[v] += partial ? read_some(x + c, count - c) * read_some(y + c, count - c) : read(x + c + v * W) * read(y + c + v * W);
-  });
-  return horizontal_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-template <class A, class T, class B>
-static inline void scaled(const A* from, T scale, int64_t count, B* to) {
-  constexpr int W = Simd<T>::width;
-  sweep<T>(count, [&](int64_t c, auto vectors, auto partial) {
-#pragma GCC unroll 4
-    for (int v = 0; v < decltype(vectors)::value; ++v)
-      if (partial)
-        write_some(to + c, read_some(from + c, count - c) * scale, count - c);
-      else
-        write(to + c + v * W, read(from + c + v * W) * scale);
-  });
-}
 
 // (warp.4)
 template <class T, class S>
@@ -177,6 +26,8 @@ static inline void finish(const T* f, int64_t channels, S* row, T* norm) {
   }
   if (norm || static_cast<const void*>(f) != row) scaled(f, scale, channels, row);
 }
+
+constexpr int kAhead = 8;  // points whose memory is asked for early
 
 template <class X, class S>
 void gather(const Chunk<Compute<S>>& chunk, const X* image, int64_t stride, int64_t channels, S* rows, Compute<S>* norms, Compute<S>* buffer) {
@@ -242,24 +93,41 @@ void transpose(const A* from, int64_t from_stride, int64_t rows, int64_t columns
     }
 }
 
+// A row that is read at once needs no storage type: S is the compute type of X here.
+template <class X>
+void gather_wide(const Chunk<Compute<X>>& chunk, const X* image, int64_t stride, int64_t channels, Compute<X>* rows) {
+  gather<X, Compute<X>>(chunk, image, stride, channels, rows, nullptr, nullptr);
+}
+
+template <class S>
+void gather_columns(const Chunk<Compute<S>>& chunk, const S* image, int64_t channel_stride, int64_t pixel_stride, int64_t channels, Compute<S>* columns) {
+  using T = Compute<S>;
+  constexpr int W = Simd<T>::width;
+  for (int64_t c = 0; c < channels; ++c) {
+    const S* plane = image + c * channel_stride;
+    Vec<T> sum[kChunk / W] = {};
+    for (int k = 0; k < chunk.taps; ++k) {
+      T value[kChunk];
+      for (int i = 0; i < kChunk; ++i) {
+        const S* from = plane + chunk.index[k * kChunk + i] * pixel_stride;
+        if (!(k & 1)) __builtin_prefetch(from + channel_stride);  // the next channel; its odd taps are neighbours
+        value[i] = widen(*from);
+      }
+      for (int v = 0; v < kChunk / W; ++v) {
+        const Vec<T> w = load(chunk.weight + k * kChunk + v * W), more = sum[v] + w * load(value + v * W);
+        sum[v] = w != 0 ? more : sum[v];
+      }
+    }
+    for (int v = 0; v < kChunk / W; ++v) store(columns + c * kChunk + v * W, sum[v]);
+  }
+}
+
 template <class S>
 void gather_planes(const Chunk<Compute<S>>& chunk, const S* image, int64_t channel_stride, int64_t pixel_stride, int64_t channels, S* rows,
                    Compute<S>* norms, Compute<S>* buffer) {
   using T = Compute<S>;
   T* by_point = buffer + kChunk * channels;
-  for (int64_t c = 0; c < channels; ++c) {
-    const S* plane = image + c * channel_stride;
-    T sum[kChunk] = {};
-    for (int k = 0; k < chunk.taps; ++k) {
-      const int32_t* index = chunk.index + k * kChunk;
-      const T* w = chunk.weight + k * kChunk;
-      for (int i = 0; i < kChunk; ++i) {
-        const T term = w[i] * widen(plane[index[i] * pixel_stride]);
-        sum[i] += w[i] != 0 ? term : T(0);
-      }
-    }
-    std::memcpy(buffer + c * kChunk, sum, sizeof(sum));
-  }
+  gather_columns(chunk, image, channel_stride, pixel_stride, channels, buffer);
   transpose(buffer, kChunk, channels, chunk.count, by_point, channels);
   for (int i = 0; i < chunk.count; ++i) {
     const int64_t r = chunk.row(i);
@@ -272,8 +140,6 @@ void dots(const Chunk<Compute<S>>& chunk, const S* rows, const S* grad_rows, int
   for (int i = 0; i < chunk.count; ++i)
     dot[i] = inner<S, S, Compute<S>>(rows + chunk.row(i) * channels, grad_rows + chunk.row(i) * channels, channels);
 }
-
-constexpr int kAhead = 8;  // points whose rows are asked for early
 
 // (warp.5) of `width` channels of one point.
 template <class S, class T>
@@ -308,23 +174,41 @@ template <class S>
 void scatter(const Chunk<Compute<S>>& chunk, const S* rows, const S* grad_rows, const Compute<S>* norms, const Compute<S>* dot, int64_t channels,
              int64_t begin, int64_t width, Compute<S>* image, int64_t stride, Compute<S>* df) {
   using T = Compute<S>;
-  constexpr int W = Simd<T>::width;
   for (int i = 0; i < chunk.count; ++i) {
-    row_gradient(chunk, i, rows, grad_rows, norms, dot, channels, begin, width, df);
+    const T* from = df;
+    if (std::is_same_v<S, T> && !norms)
+      from = reinterpret_cast<const T*>(grad_rows + chunk.row(i) * channels + begin);
+    else
+      row_gradient(chunk, i, rows, grad_rows, norms, dot, channels, begin, width, df);
     for (int k = 0; k < chunk.taps; ++k) {
       const T w = chunk.weight[k * kChunk + i];
-      if (w == 0) continue;
-      T* to = image + chunk.index[k * kChunk + i] * stride;
-      sweep<T>(width, [&](int64_t c, auto vectors, auto partial) {
-#pragma GCC unroll 4
-        for (int v = 0; v < decltype(vectors)::value; ++v)
-          if (partial)
-            write_some(to + c, read_some(to + c, width - c) + w * read_some(df + c, width - c), width - c);
-          else
-            store(to + c + v * W, load(to + c + v * W) + w * load(df + c + v * W));
-      });
+      if (w != 0) add_scaled(from, w, width, image + chunk.index[k * kChunk + i] * stride);
     }
   }
+}
+
+// Neighbouring points add to the same pixel, one after the other: a few channels at a time keep the processor busy meanwhile.
+template <int Channels, class T>
+static inline void scatter_some(const Chunk<T>& chunk, const T* columns, T* image, int64_t channel_stride, int64_t pixel_stride) {
+  for (int i = 0; i < chunk.count; ++i) {
+    const int later = i + kAhead < chunk.count ? i + kAhead : i;
+    for (int k = 0; k < chunk.taps; ++k) {
+      if (!(k & 1))
+        for (int c = 0; c < Channels; ++c) __builtin_prefetch(image + chunk.index[k * kChunk + later] * pixel_stride + c * channel_stride);
+      const T w = chunk.weight[k * kChunk + i];
+      if (w == 0) continue;
+      T* to = image + chunk.index[k * kChunk + i] * pixel_stride;
+#pragma GCC unroll 4
+      for (int c = 0; c < Channels; ++c) to[c * channel_stride] += w * columns[c * kChunk + i];
+    }
+  }
+}
+
+template <class T>
+void scatter_columns(const Chunk<T>& chunk, const T* columns, int64_t width, T* image, int64_t channel_stride, int64_t pixel_stride) {
+  int64_t c = 0;
+  for (; c + 4 <= width; c += 4) scatter_some<4>(chunk, columns + c * kChunk, image + c * channel_stride, channel_stride, pixel_stride);
+  for (; c < width; ++c) scatter_some<1>(chunk, columns + c * kChunk, image + c * channel_stride, channel_stride, pixel_stride);
 }
 
 template <class S>
@@ -349,7 +233,8 @@ void convert(const Compute<S>* from, int64_t count, S* to) {
 template <class S>
 constexpr WarpKernels<S> table() {
   using T = Compute<S>;
-  return {gather<S, S>, gather<T, S>, gather_planes<S>, dots<S>, scatter<S>, scatter_planes<S>, transpose<S, T>, transpose<T, S>, convert<S>};
+  return {gather<S, S>,      gather<T, S>,    gather_wide<S>,     gather_planes<S>, gather_columns<S>, dots<S>, scatter<S>,
+          scatter_planes<S>, scatter_columns<T>, transpose<S, T>, transpose<T, S>,  convert<S>};
 }
 
 }  // namespace

@@ -56,8 +56,12 @@ struct WarpKernels {
   // (warp.3-4). `image` is [prod(S)][stride]; norms nullptr: not normalised; buffer holds `channels` values.
   void (*gather)(const Chunk<T>&, const S* image, int64_t stride, int64_t channels, S* rows, T* norms, T* buffer);
   void (*gather_copy)(const Chunk<T>&, const T* image, int64_t stride, int64_t channels, S* rows, T* norms, T* buffer);
+  // The same, not normalised and not rounded to S.
+  void (*gather_wide)(const Chunk<T>&, const S* image, int64_t stride, int64_t channels, T* rows);
   // The same with points along the vectors, from any strides; buffer holds 2 * kChunk * channels values.
   void (*gather_planes)(const Chunk<T>&, const S* image, int64_t channel_stride, int64_t pixel_stride, int64_t channels, S* rows, T* norms, T* buffer);
+  // (warp.3) as columns [channels][kChunk], not rounded to S.
+  void (*gather_columns)(const Chunk<T>&, const S* image, int64_t channel_stride, int64_t pixel_stride, int64_t channels, T* columns);
   // <row, drow> of (warp.5), [count].
   void (*dots)(const Chunk<T>&, const S* rows, const S* grad_rows, int64_t channels, T* dot);
   // (warp.5-6) of channels [begin, begin + width) into [prod(S)][stride]; norms nullptr: not normalised; buffer holds `width` values.
@@ -66,6 +70,8 @@ struct WarpKernels {
   // The same into planes [width][stride].
   void (*scatter_planes)(const Chunk<T>&, const S* rows, const S* grad_rows, const T* norms, const T* dot, int64_t channels, int64_t begin,
                          int64_t width, T* planes, int64_t stride, T* buffer);
+  // (warp.6) from columns [width][kChunk], into any strides.
+  void (*scatter_columns)(const Chunk<T>&, const T* columns, int64_t width, T* image, int64_t channel_stride, int64_t pixel_stride);
   // to[c][r] = from[r][c]
   void (*transpose_in)(const S* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride);
   void (*transpose_out)(const T* from, int64_t from_stride, int64_t rows, int64_t columns, S* to, int64_t to_stride);

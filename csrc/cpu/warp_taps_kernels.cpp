@@ -49,20 +49,24 @@ static void decode(const WarpGrid<G>& w, const int64_t* points, int64_t first, i
   }
 }
 
-// (warp.1)
+// (warp.1); what stands past `count` is of no meaning, but taps are made of it.
 template <class G>
 static void coordinates(const WarpGrid<G>& w, int64_t image, const int64_t* points, int64_t first, int count, G (&g)[3][kChunk]) {
   if (!w.affine) {
     const G* from = w.grid + image * w.size[0] * w.size[1] * w.size[2] * w.dims;
     for (int i = 0; i < count; ++i)
       for (int axis = 0; axis < w.dims; ++axis) g[axis][i] = from[(points ? points[i] : first + i) * w.dims + axis];
+    for (int axis = 0; axis < w.dims; ++axis)
+      for (int i = count; i < kChunk; ++i) g[axis][i] = 0;
     return;
   }
-  int32_t at[3][kChunk] = {};
+  int32_t at[3][kChunk];
   decode(w, points, first, count, at);
-  G output[3][kChunk] = {};
-  for (int axis = 0; axis < w.dims; ++axis)
+  G output[3][kChunk];
+  for (int axis = 0; axis < w.dims; ++axis) {
     for (int i = 0; i < count; ++i) output[axis][i] = w.output[axis][at[axis][i]];
+    for (int i = count; i < kChunk; ++i) output[axis][i] = 0;
+  }
   for (int row = 0; row < w.dims; ++row) {
     const G* from = w.grid + image * w.batch_stride + row * w.row_stride;
     const G x = from[0], y = from[w.column_stride], z = from[2 * w.column_stride], shift = from[w.dims * w.column_stride];
@@ -135,38 +139,38 @@ static void axis_taps(const WarpGrid<G>& w, const G (&g)[kChunk], int64_t extent
   }
 }
 
+// One tap of every point from its taps along the axes, z when Volume. The arrays are apart, which lets the loop become vectors.
+template <bool Volume, class G, class T>
+static inline void combine(const Axis<G> (&axes)[3], int kz, int ky, int kx, int32_t height, int32_t width, const int32_t* __restrict known,
+                           int32_t* __restrict index, T* __restrict weight) {
+  for (int i = 0; i < kChunk; ++i) {
+    int32_t line = axes[1].index[ky][i];
+    G product = axes[1].weight[ky][i];
+    if (Volume) line += axes[0].index[kz][i] * height, product = axes[0].weight[kz][i] * product;
+    product = product * axes[2].weight[kx][i];
+    index[i] = line * width + axes[2].index[kx][i];
+    // A NaN coordinate may lose its weight to a zero on another axis.
+    weight[i] = known[i] ? T(product) : T(__builtin_nan(""));
+  }
+}
+
 template <class G, class T>
 void taps(const WarpGrid<G>& w, int64_t image, const int64_t* points, int64_t first, int count, int32_t* index, T* weight, bool* inside) {
-  G g[3][kChunk] = {};
+  G g[3][kChunk];
   coordinates(w, image, points, first, count, g);
-  int32_t known[kChunk];
-  for (int i = 0; i < kChunk; ++i) {
-    G largest = 0;
-    int32_t number = 1;
-    for (int axis = 0; axis < w.dims; ++axis) {
-      const G size = g[axis][i] < 0 ? -g[axis][i] : g[axis][i];
-      largest = size > largest ? size : largest;
-      number &= g[axis][i] == g[axis][i];
-    }
-    known[i] = number;
-    if (i < count) inside[i] = number && largest <= 1;
-  }
+  int32_t known[kChunk], within[kChunk];
+  for (int i = 0; i < kChunk; ++i) known[i] = within[i] = 1;
+  for (int axis = 0; axis < w.dims; ++axis)
+    for (int i = 0; i < kChunk; ++i) known[i] &= g[axis][i] == g[axis][i], within[i] &= __builtin_fabs(g[axis][i]) <= 1;
+  for (int i = 0; i < count; ++i) inside[i] = within[i];
   Axis<G> axes[3];  // slowest first, as the sizes
   for (int axis = 3 - w.dims; axis < 3; ++axis) axis_taps(w, g[2 - axis], w.extent[axis], axes[axis]);
-  const int per_axis = int(w.mode);
+  const int per_axis = int(w.mode), dims = w.dims;
   const int32_t height = int32_t(w.extent[1]), width = int32_t(w.extent[2]);
-  for (int kz = 0; kz < (w.dims == 3 ? per_axis : 1); ++kz)
+  for (int kz = 0; kz < (dims == 3 ? per_axis : 1); ++kz)
     for (int ky = 0; ky < per_axis; ++ky)
       for (int kx = 0; kx < per_axis; ++kx, index += kChunk, weight += kChunk)
-        for (int i = 0; i < kChunk; ++i) {
-          int32_t line = axes[1].index[ky][i];
-          G product = axes[1].weight[ky][i];
-          if (w.dims == 3) line += axes[0].index[kz][i] * height, product = axes[0].weight[kz][i] * product;
-          product = product * axes[2].weight[kx][i];
-          index[i] = line * width + axes[2].index[kx][i];
-          // A NaN coordinate may lose its weight to a zero on another axis.
-          weight[i] = known[i] ? T(product) : T(__builtin_nan(""));
-        }
+        (dims == 3 ? combine<true, G, T> : combine<false, G, T>)(axes, kz, ky, kx, height, width, known, index, weight);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Pix2Rep: equivariant pixel-level contrast (arXiv 2407.20395, MIDL 2024)."""
+"""Pix2Rep: equivariant pixel-level contrast (arXiv 2407.20395, MIDL 2024), and its Barlow Twins form Pix2Rep-v2 (arXiv 2609.01427)."""
 
 import math
 from numbers import Integral
@@ -6,12 +6,14 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_dtype, expect_float, expect_temperature, expect_tensor
+from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_dtype, expect_temperature, expect_tensor
 from pix2rep_kernels.dispatch import CHOICES
+from pix2rep_kernels.losses.common import checked_mask, expect_finite, expect_like, expect_map, weight
+from pix2rep_kernels.ops.crosscorr import crosscorr
 from pix2rep_kernels.ops.infonce import infonce
 from pix2rep_kernels.ops.warp import MODES, warp
 
-OBJECTIVES = ("infonce",)
+OBJECTIVES = ("infonce", "barlow")
 OUTSIDE = ("keep", "drop")
 
 
@@ -19,13 +21,19 @@ class Pix2RepLoss(nn.Module):
     """Contrast each pixel of one view with the same pixel of the other, against every other pixel drawn.
 
     `features_1` are the features of the un-warped view, `features_2` those of the warped view: F1 = W(h f(v1)), F2 = h f(W v2). The same output
-    pixels are gathered from both, L2-normalised, and go through NT-Xent over their 2P rows (infonce, negatives="joint"), exactly and in O(P C) memory.
+    pixels are gathered from both, and
+
+        "infonce": their L2-normalised rows go through NT-Xent over all 2P of them (infonce, negatives="joint"), exactly and in O(P C) memory;
+        "barlow":  C = crosscorr(rows_1, rows_2), each column standardised over the P rows;  sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2.
+
+    The defaults are Pix2Rep's official ones. Pix2Rep-v2's: `Pix2RepLoss("barlow", num_samples=None, mode="bicubic")` (in 3D: num_samples=2**17, "linear").
 
     Args:
-        objective: "infonce".
-        temperature: tau > 0; 0.53 in the official code.
+        objective: "infonce" or "barlow".
+        temperature: tau > 0 of "infonce"; 0.53 in the official code.
+        lambda_param: lambda >= 0 of "barlow"; 5e-3 in the official code (0.0051 in Barlow Twins).
         num_samples: pixel pairs of a batch, 1000 in the official code; None takes every pixel. Fewer pixels than samples: all are used.
-        per_image: draw `num_samples` in each image and contrast inside the image only.
+        per_image: draw `num_samples` in each image; "infonce" then contrasts inside the image only, the statistics of "barlow" stay those of all rows.
         outside: "keep" pixels that the warp took from outside the map (official) or "drop" them.
         mode: interpolation of the warp: "linear" (official), "nearest" or "bicubic" (2D; Pix2Rep-v2).
         check_finite: raise on NaN or inf features, naming the argument; reads a value back from the device, so it stops CUDA graphs and fullgraph.
@@ -37,7 +45,7 @@ class Pix2RepLoss(nn.Module):
         mask: [B, *S] or [B, 1, *S] bool, pixels of the warped frame that may be drawn.
         points: int64 flat indices into B * prod(S): [P], or [B, P] inside one image each with `per_image`. Replaces the draw.
         generator: of the draw, on the features' device. `torch.compile(fullgraph=True)` holds for generator=None or given points.
-        output: scalar, float32 (float64 for float64 features); the mean over the anchors drawn, 0 when none is valid.
+        output: scalar, float32 (float64 for float64 features); of "infonce" the mean over the anchors drawn. 0 when no pixel is valid.
 
     Raises:
         ValueError, TypeError: an argument is off; the message names argument, expectation and value.
@@ -51,6 +59,7 @@ class Pix2RepLoss(nn.Module):
         objective: str = "infonce",
         *,
         temperature: float = 0.53,
+        lambda_param: float = 5e-3,
         num_samples: int | None = 1000,
         per_image: bool = False,
         outside: str = "keep",
@@ -66,7 +75,8 @@ class Pix2RepLoss(nn.Module):
         expect_temperature(temperature)
         whole = isinstance(num_samples, Integral) and not isinstance(num_samples, bool)
         expect(num_samples is None or (whole and num_samples > 0), "num_samples", "be None or an integer > 0", num_samples)
-        self.objective, self.temperature, self.num_samples, self.per_image = objective, float(temperature), num_samples, per_image
+        self.objective, self.temperature, self.lambda_param = objective, float(temperature), weight(lambda_param, "lambda_param")
+        self.num_samples, self.per_image = num_samples, per_image
         self.outside, self.mode, self.check_finite, self.backend = outside, mode, check_finite, backend
 
     def forward(
@@ -89,24 +99,39 @@ class Pix2RepLoss(nn.Module):
             first = torch.arange(batch, device=points.device).unsqueeze(1) * pixels
             # An index past its image must not take the next one's pixel: -1 is outside for `warp`, which gives NaN.
             points = torch.where((points >= 0) & (points < pixels), points + first, -1).flatten()
-        here = identity(features_1)
-        rows_1, inside = warp(
-            features_1, here if grid is None else grid, points=points, mode="nearest" if grid is None else self.mode,
-            normalize=True, backend=self.backend,
-        )  # fmt: skip
-        rows_2, _ = warp(features_2, here, points=points, mode="nearest", normalize=True, backend=self.backend)
+        rows_1, inside = self._rows(features_1, grid, points)
+        rows_2, _ = self._rows(features_2, None, points)
+        valid = None if valid is None else valid.flatten()
         if self.outside == "drop" and grid is not None:
-            valid = inside if valid is None else valid.flatten() & inside
-        if self.per_image:
-            rows_1, rows_2 = rows_1.unflatten(0, (batch, -1)), rows_2.unflatten(0, (batch, -1))
-        valid = None if valid is None else valid.reshape(rows_1.shape[:-1])
-        losses = infonce(rows_1, rows_2, temperature=self.temperature, valid_a=valid, backend=self.backend)
+            valid = inside if valid is None else valid & inside
+        if self.objective == "barlow":
+            return self._barlow(rows_1, rows_2, valid)
+        groups = (batch, -1) if self.per_image else (-1,)
+        valid = None if valid is None else valid.unflatten(0, groups)
+        losses = infonce(
+            rows_1.unflatten(0, groups), rows_2.unflatten(0, groups), temperature=self.temperature, valid_a=valid, backend=self.backend
+        )  # fmt: skip
         if valid is None:
             return losses.mean()
         return losses.sum() / (2 * valid.sum()).clamp(min=1)
 
+    def _rows(self, features, grid, points) -> tuple[Tensor, Tensor | None]:
+        """Rows [P, C] of the map at the points, warped by the grid if there is one, and which lie inside."""
+        normalize = self.objective == "infonce"
+        if grid is None and points is None and not normalize:
+            return features.movedim(1, -1).flatten(0, -2), None
+        mode, grid = (self.mode, grid) if grid is not None else ("nearest", identity(features))
+        return warp(features, grid, points=points, mode=mode, normalize=normalize, backend=self.backend)
+
+    def _barlow(self, rows_1, rows_2, valid) -> Tensor:
+        c = crosscorr(rows_1, rows_2, weight=valid, backend=self.backend)  # [C, C]
+        target = torch.eye(c.shape[0], dtype=c.dtype, device=c.device)
+        weights = target + self.lambda_param * (1 - target)
+        loss = (weights * (c - target).square()).sum()
+        return loss if valid is None else torch.where(valid.any(), loss, 0)
+
     def extra_repr(self) -> str:
-        names = ("objective", "temperature", "num_samples", "per_image", "outside", "mode", "backend")
+        names = ("objective", "temperature", "lambda_param", "num_samples", "per_image", "outside", "mode", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _draw(self, batch, pixels, mask, device, generator) -> Tensor | None:
@@ -114,7 +139,7 @@ class Pix2RepLoss(nn.Module):
         total = pixels if self.per_image else batch * pixels
         count = total if self.num_samples is None else min(self.num_samples, total)
         if count == total:
-            if not self.per_image:
+            if not self.per_image or self.objective == "barlow":
                 return None
             return torch.arange(pixels, device=device).expand(batch, -1)
         given = {} if generator is None else {"generator": generator}  # with dynamic shapes torch.compile refuses generator=None
@@ -126,32 +151,18 @@ class Pix2RepLoss(nn.Module):
         return keys.topk(count, dim=-1).indices
 
     def _check(self, features_1, features_2, grid, mask, points) -> Tensor | None:
-        expect_float(features_1, "features_1")
-        expect_float(features_2, "features_2")
-        if features_1.ndim not in (4, 5):
-            expect(False, "features_1", "have shape [B, C, H, W] or [B, C, D, H, W]", tuple(features_1.shape))
-        if features_1.numel() == 0:
-            expect(False, "features_1", "have at least one pixel and channel", tuple(features_1.shape))
-        if features_2.shape != features_1.shape:
-            expect(False, "features_2", f"have the shape of features_1 {tuple(features_1.shape)}", tuple(features_2.shape))
-        if features_2.dtype != features_1.dtype:
-            raise TypeError(f"`features_2` must be {features_1.dtype} as `features_1` is, got {features_2.dtype}")
-        expect_device(features_2, "features_2", features_1, "features_1")
+        expect_map(features_1, "features_1")
+        expect_like(features_2, "features_2", features_1, "features_1")
         if self.check_finite:
-            for name, features in (("features_1", features_1), ("features_2", features_2)):
-                bad = int((~features.isfinite()).sum())
-                expect(bad == 0, name, "be finite", f"{bad} NaN or inf values of {features.numel()}")
+            expect_finite(features_1, "features_1")
+            expect_finite(features_2, "features_2")
         batch, _, *size = features_1.shape
         if grid is not None:
             expect_tensor(grid, "grid")
             if grid.ndim != 3 and list(grid.shape[1:-1]) != size:
                 expect(False, "grid", f"have shape [{batch}, {len(size)}, {len(size) + 1}] or {(batch, *size, len(size))}", tuple(grid.shape))
         if mask is not None:
-            expect_dtype(mask, "mask", torch.bool)
-            mask = mask.squeeze(1) if mask.ndim == features_1.ndim else mask
-            if list(mask.shape) != [batch, *size]:
-                expect(False, "mask", f"have shape {(batch, *size)} or {(batch, 1, *size)}", tuple(mask.shape))
-            expect_device(mask, "mask", features_1, "features_1")
+            mask = checked_mask(mask, features_1, "features_1")
         if points is not None:
             self._check_points(points, batch, math.prod(size), features_1)
         return mask

@@ -97,7 +97,7 @@ def _check(f1, f2, grid1, grid2, size, mode, padding_mode) -> tuple[int, ...]:
             expect(False, name, "have spatial axes of at most 2^24, the whole numbers of float32", tuple(f.shape))
     expect_choice(mode, "mode", MODES)
     expect_choice(padding_mode, "padding_mode", PADDING_MODES)
-    if size is not None and (not isinstance(size, (tuple, list)) or not all(isinstance(n, (int, torch.SymInt)) for n in size)):
+    if size is not None and (not isinstance(size, (tuple, list)) or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in size)):
         raise TypeError(f"`size` must be a tuple of ints, got {size!r}")
     for name, grid in (("grid1", grid1), ("grid2", grid2)):
         size = _check_grid(grid, name, f1, size)

@@ -10,8 +10,8 @@
     sigma = sqrt(q/n - m^2 + 1e-5)  or  sqrt((q/n - m^2) n/(n-1)) + 1e-6        (crosscorr.8)
 
 x [N, D1] and y [N, D2] are the two views, w the rows' weights, cx and cy pivots: the result does not depend on them, its rounding does (q/n - m^2 cancels
-where the mean is far from the pivot). The pivot is the mean of up to 128 rows spread evenly over the N, so that it is near the mean. A row with w = 0 takes
-no part, whatever it holds.
+where the mean is far from the pivot). The pivot is the mean of up to 128 rows spread over the N, so that it is near the mean (with 16-bit inputs a GPU rounds
+it to their dtype: then x - c is nearly exact in it). A row with w = 0 takes no part, whatever it holds.
 
 The op computes (crosscorr.1-6), the moments, one read of each view forward and one affine product a view backward; (crosscorr.7-8) are O(D^2) PyTorch on
 top, differentiated by autograd, and so is anything else that the moments give (VICReg's covariance; an all-reduce over ranks). No standardised copy of a
@@ -29,7 +29,6 @@ from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_f
 from pix2rep_kernels.register import register
 
 NORMALIZATIONS = ("batchnorm", "std", "none")
-PILOT_ROWS = 128  # at most, spread evenly: their mean is the pivot
 
 SCHEMA = (
     "crosscorr(Tensor x, Tensor y, Tensor? weight, str backend) -> (Tensor count, Tensor pivot_x, Tensor pivot_y, "

@@ -79,6 +79,9 @@ def why_not(backend: str, tensors: list[Tensor | None]) -> str | None:
     """Limits of a backend that depend on the tensors; `dispatch.why_not` asks."""
     if backend in ("triton", "cuda") and any(t is not None and t.dtype == torch.float64 for t in tensors):
         return "float64 maps run on the backends reference and cpu only"
+    first = tensors[0]  # a, or the gradient of the sums: axis 1 has K entries
+    if backend == "triton" and first.ndim > 1 and first.shape[1] > 128:
+        return f"{first.shape[1]} clusters: more than 128 run on the backends reference and cpu only"
     return None
 
 

@@ -3,15 +3,27 @@
     S_I = sum_w I, S_J, S_II, S_JJ, S_IJ likewise;  n = k^dims                  (lncc.1)
     c   = max(S_IJ - S_I S_J / n, e)                                            (lncc.2)
     v   = max(S_II - S_I^2 / n, e),  w = max(S_JJ - S_J^2 / n, e)               (lncc.3)
-    cc  = c^2 / (v w)                                                           (lncc.4)
-    A   = 2 g c / (v w) [c > e],  B = -g c^2 / (v^2 w) [v > e],  B' = -g c^2 / (v w^2) [w > e]   (lncc.5)
+    cc  = (c / v) (c / w)                                                       (lncc.4)
+    A   = 2 g cc / c [c > e],  B = -g cc / v [v > e],  B' = -g cc / w [w > e]   (lncc.5)
     dI  = J box(A) - box(A S_J / n) + 2 I box(B) - 2 box(B S_I / n)             (lncc.6)
     dJ  = I box(A) - box(A S_I / n) + 2 J box(B') - 2 box(B' S_J / n)           (lncc.7)
 
 Windows of k pixels a side, zero-padded: n = k^dims at the border too. Every e is `eps`. Where c is clamped (not positively correlated) the window has no
-gradient through c; a flat window clamps all three and scores 1. g is the upstream gradient.
+gradient through c; a flat window clamps all three and scores exactly 1. g is the upstream gradient.
 
-S_II - S_I^2/n cancels for nearly flat windows: sums are float32 for 16-bit maps. Floor: 2 values a pixel read, 1 written; backward 3 read, 2 written.
+The differences of (lncc.2-3) and (lncc.6-7) cancel where a map's mean is far above its deviation: PyTorch's error, and the reference's, grows with the square
+of that ratio. The other backends subtract means before they multiply. Axis by axis, part t = 0, 1, ... of c pixels, mean m_t and centred sum V_t is merged,
+
+    d = m_t - m,  m += d / (t + 1),  V += V_t + c t / (t + 1) d d'              (lncc.8)
+
+where d d' is that of II, JJ or IJ: V ends as the difference in (lncc.2-3), S_I = n m, and no variance cancels. Seen from any point (i, j) the gradient is
+
+    dI  = sum over the windows w of the pixel of A (j - m_J) + 2 B (i - m_I),  plus (J - j) box(A) + 2 (I - i) box(B)   (lncc.9)
+
+whose points are the means in the middle of each row or plane of windows, and last the pixel itself; dJ likewise.
+
+Floor: 2 values a pixel read, 1 written; backward 3 read, 2 written. Beyond that the CPU keeps lines and planes of the windows of one task in each thread
+(under 1 MiB but for very large windows), Triton the five float32 maps A, 2 B, 2 B', m_I, m_J in the backward alone (four for one gradient).
 
 Sources: boundary-aware information maximisation, arXiv 2202.02371 (the boundary term); Avants et al. 2008.
 """
@@ -46,7 +58,7 @@ def lncc(
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        [B, C, *S], float32 (float64 where i or j is float64). NaN and inf reach every window that holds them, as NaN.
+        [B, C, *S], float32 (float64 where i or j is float64). NaN and inf, and pixels whose squares overflow, reach every window that holds them, as NaN.
 
     Raises:
         ValueError: a shape, device, window or eps is off; the message names argument, expectation and value.

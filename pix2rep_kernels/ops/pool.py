@@ -4,7 +4,8 @@
     mu_r = (1 / c_r) sum_{p : label(p) = r} F(p),   0 where c_r = 0             (pool.2)
     dF(p) = dmu_r / c_r,  r = label(p);   0 where p has no region               (pool.3)
 
-p runs over the pixels of one image, r over 0 .. R-1; a pixel whose label is outside that range belongs to no region. Sums are float32 in a fixed order.
+p runs over the pixels of one image, r over 0 .. R-1; a pixel whose label is outside that range belongs to no region. Sums are float64 and in a fixed
+order on cpu and triton: a mean is one rounding away from the exact one however large its region, and the same bits every time.
 Floor: features and labels read once; backward the labels read, a map written.
 
 Source: superpixel pooling, e.g. Localized Region Contrast, arXiv 2304.03406.
@@ -56,8 +57,12 @@ def pool(
 
 def why_not(backend: str, tensors: list[Tensor | None]) -> str | None:
     """Limits of a backend that depend on the tensors; `dispatch.why_not` asks."""
-    if backend in ("triton", "cuda") and any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return "float64 features run on the backends reference and cpu only"
+    if backend in ("triton", "cuda"):
+        present = [t for t in tensors if t is not None]
+        if any(t.dtype == torch.float64 for t in present):
+            return "float64 features run on the backends reference and cpu only"
+        if most := max((t.numel() for t in present if not t.is_floating_point() and t.numel() >= 2**31), default=0):
+            return f"labels are sorted, at most 2^31 - 1 of them; there are {most}"
     return None
 
 

@@ -18,10 +18,20 @@ def forward(x, y, weight) -> tuple[Tensor, ...]:
 
 
 def pivot(x: Tensor, w: Tensor) -> Tensor:
-    """Mean [D] of up to `PILOT_ROWS` rows spread evenly over the N, those of weight 0 left out; 0 when none is left."""
-    step = max(len(x) // PILOT_ROWS, 1)
-    rows, counts = x[::step][:PILOT_ROWS], (w[::step][:PILOT_ROWS] != 0).unsqueeze(1)
+    """Mean [D] of the pilot rows, those of weight 0 left out; 0 when none is left."""
+    pilots = pilot_rows(len(x), x.device)
+    rows, counts = x[pilots], (w[pilots] != 0).unsqueeze(1)
     return torch.where(counts, rows, 0).sum(0) / counts.sum().clamp(min=1)
+
+
+def pilot_rows(n: int, device) -> Tensor:
+    """Up to `PILOT_ROWS` rows, one in each of equal steps over the N, at multiples of the golden ratio within the steps.
+
+    Rows at even distances would share a column of pixels wherever the step is a multiple of the image's width: the border, often masked.
+    """
+    i = torch.arange(min(n, PILOT_ROWS), device=device)
+    step = max(n // PILOT_ROWS, 1)
+    return i * step + ((i * 40503 & 0xFFFF) * step >> 16)
 
 
 def backward(

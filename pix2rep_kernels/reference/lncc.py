@@ -9,7 +9,8 @@ def forward(i, j, window, eps) -> Tensor:
     """cc [B, C, *S]."""
     i, j = _computed(i, j)
     _, _, c, v, w = _sums(i, j, window)
-    return c.clamp(min=eps).square() / (v.clamp(min=eps) * w.clamp(min=eps))  # (lncc.4)
+    c, v, w = (t.clamp(min=eps) for t in (c, v, w))
+    return (c / v) * (c / w)  # (lncc.4); c^2 and v w would leave float32 long before their ratio does
 
 
 def backward(grad_cc, i, j, window, eps, need_i, need_j) -> tuple[Tensor, Tensor]:
@@ -20,9 +21,10 @@ def backward(grad_cc, i, j, window, eps, need_i, need_j) -> tuple[Tensor, Tensor
     open_c, open_v, open_w = c > eps, v > eps, w > eps
     c, v, w = (t.clamp(min=eps) for t in (c, v, w))
     # A NaN is neither above nor below: it must still reach the gradient.
-    a = torch.where(open_c | c.isnan(), 2 * grad_cc * c / (v * w), 0)  # (lncc.5)
-    b = torch.where(open_v | v.isnan(), -grad_cc * c * c / (v * v * w), 0)
-    b_j = torch.where(open_w | w.isnan(), -grad_cc * c * c / (v * w * w), 0)
+    g = grad_cc * ((c / v) * (c / w))
+    a = torch.where(open_c | c.isnan(), 2 * g / c, 0)  # (lncc.5)
+    b = torch.where(open_v | v.isnan(), -g / v, 0)
+    b_j = torch.where(open_w | w.isnan(), -g / w, 0)
 
     def gradient(x, y, mean_x, mean_y, b):  # (lncc.6-7)
         return y * box(a, window) - box(a * mean_y, window) + 2 * x * box(b, window) - 2 * box(b * mean_x, window)
@@ -35,6 +37,8 @@ def backward(grad_cc, i, j, window, eps, need_i, need_j) -> tuple[Tensor, Tensor
 
 def box(x: Tensor, window: int) -> Tensor:
     """Sum over the window around each pixel of x [B, C, *S], zero-padded, axis by axis."""
+    if x.numel() == 0:
+        return x
     for axis in range(2, x.ndim):
         padded = F.pad(x.movedim(axis, -1), (window // 2, window // 2))
         x = padded.unfold(-1, window, 1).sum(-1).movedim(-1, axis)

@@ -9,15 +9,15 @@ from pix2rep_kernels.layout import new_empty
 def forward(features, labels, regions) -> tuple[Tensor, Tensor]:
     """means [B, R, C], counts [B, R]."""
     batch, channels = features.shape[:2]
-    compute = torch.float64 if features.dtype == torch.float64 else torch.float32
     slot = _slots(labels, regions)  # [B, prod(S)]
     counts = torch.zeros(batch, regions + 1, dtype=torch.int64, device=features.device)
     counts.scatter_add_(1, slot, torch.ones_like(slot))  # (pool.1)
-    sums = torch.zeros(batch, regions + 1, channels, dtype=compute, device=features.device)
-    rows = features.flatten(2).transpose(1, 2).to(compute)
+    sums = torch.zeros(batch, regions + 1, channels, dtype=torch.float64, device=features.device)
+    rows = features.flatten(2).transpose(1, 2).double()
     sums.scatter_add_(1, slot.unsqueeze(2).expand(-1, -1, channels), rows)
     counts = counts[:, :regions].contiguous()
-    return sums[:, :regions] / counts.clamp(min=1).unsqueeze(2), counts  # (pool.2)
+    means = sums[:, :regions] / counts.clamp(min=1).unsqueeze(2)  # (pool.2)
+    return means.to(torch.float64 if features.dtype == torch.float64 else torch.float32), counts
 
 
 def backward(grad_means, counts, labels, like, shape, channels_last) -> Tensor:

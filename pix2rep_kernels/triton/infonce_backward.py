@@ -14,7 +14,7 @@ from torch import Tensor
 from pix2rep_kernels.triton import infonce_rows
 from pix2rep_kernels.triton.infonce_blocks import PROGRAMS, ROW_BLOCK, product_blocks
 from pix2rep_kernels.triton.infonce_problem import Half, Problem, Rows
-from pix2rep_kernels.triton.infonce_rows import ONLINE, SHIFTED, shift_of, temperature_of
+from pix2rep_kernels.triton.infonce_rows import ONLINE, PLAIN, SHIFTED, shift_of, temperature_of
 from pix2rep_kernels.triton.tiles import (
     LOG2E,
     NOTHING,
@@ -277,7 +277,8 @@ def _product(
     flushed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     form, empty = problem.format, own.weight
-    blocks = product_blocks(form, problem.shared)
+    has_ids = problem.has_ids and stream is not problem.queue
+    blocks = product_blocks(form, problem.shared, plain=not has_ids and problem.regime == PLAIN.value)
     tiles = triton.cdiv(stream.count, blocks.stream)
     programs = triton.cdiv(own.count, blocks.own) * problem.groups * (form.d // form.slice)
     parts = max(1, min(tiles, triton.cdiv(PROGRAMS, programs)))
@@ -291,7 +292,7 @@ def _product(
             *problem.clamp, problem.headroom, problem.groups, own.count, stream.count, own.padded, stream.padded, stream.scaled.shape[0],
             problem.span, parts, triton.cdiv(tiles, parts), D=form.d, CHUNK=form.chunk, SLICE=form.slice, LEFT_OUT=left_out,
             OWN_ANCHORS=own_weights is not None, STREAM_ANCHORS=stream_weights is not None,
-            IDS=problem.has_ids and stream is not problem.queue, SHARED=stream.plain is stream.scaled, REGIME=regime,
+            IDS=has_ids, SHARED=stream.plain is stream.scaled, REGIME=regime,
             GUARDED=flushed is not None, PRECISION=form.precision, **blocks.options,
         )  # fmt: skip
     return out

@@ -11,26 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pix2rep_kernels.triton.warp_backward import atomic, ordered
-from pix2rep_kernels.triton.warp_points import EPSILON, blocks, locate, position, shared, spread, tap, volume
-
-
-@triton.jit
-def _gather(
-    features, stride_c, c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x,
-    BORDER: tl.constexpr, TAPS: tl.constexpr, DIMS: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """(warp.3) of one channel block, `features` being each point's image; a tap without weight is not read and passes no NaN."""
-    known, channel = spread(ok, c, LAST)
-    f = tl.zeros((known & (channel < C)).shape, tl.float32)
-    for kz in tl.static_range(TAPS if DIMS == 3 else 1):
-        for ky in tl.static_range(TAPS):
-            for kx in tl.static_range(TAPS):
-                offset, weight = tap(x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, kz, ky, kx, BORDER, TAPS, DIMS)
-                at, channel = spread(features + offset, c, LAST)
-                w, channel = spread(weight, c, LAST)
-                value = tl.load(at + channel.to(tl.int64) * stride_c, mask=known & (w != 0) & (channel < C), other=0)
-                f = tl.fma(value.to(tl.float32), tl.broadcast_to(w, f.shape), f)
-    return f
+from pix2rep_kernels.triton.warp_points import EPSILON, blocks, gather, locate, position, shared, spread, volume
 
 
 @triton.jit
@@ -57,13 +38,13 @@ def warp_forward_kernel(
     x, y, z = position(gx, W, ALIGN, BORDER, TAPS), position(gy, H, ALIGN, BORDER, TAPS), position(gz, D, ALIGN, BORDER, TAPS)
     base = features + image * stride_b
     c = tl.arange(0, BLOCK_C)
-    f = _gather(base, stride_c, c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, BORDER, TAPS, DIMS, LAST)
+    f = gather(base, stride_c, c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, BORDER, TAPS, DIMS, LAST)
     scale = tl.full([BLOCK_P], 1.0, tl.float32)
     if NORMALIZE:  # (warp.4)
         squares = tl.sum(f * f, 1 if LAST else 0)
         if LOOP:
             for c0 in range(BLOCK_C, C, BLOCK_C):
-                more = _gather(base, stride_c, c0 + c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, BORDER, TAPS, DIMS, LAST)
+                more = gather(base, stride_c, c0 + c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, BORDER, TAPS, DIMS, LAST)
                 squares += tl.sum(more * more, 1 if LAST else 0)
         norm = tl.sqrt_rn(squares)
         tl.store(norms + p, norm, mask=p < P)
@@ -72,7 +53,7 @@ def warp_forward_kernel(
     _store(rows, p, P, c, C, f * along, LAST)
     if LOOP:
         for c0 in range(BLOCK_C, C, BLOCK_C):
-            f = _gather(base, stride_c, c0 + c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, BORDER, TAPS, DIMS, LAST)
+            f = gather(base, stride_c, c0 + c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, BORDER, TAPS, DIMS, LAST)
             _store(rows, p, P, c0 + c, C, f * along, LAST)
 
 

@@ -35,6 +35,23 @@ def _dot(grad_rows, rows, grad_p, grad_c, p, ok, C, BLOCK_P: tl.constexpr, BLOCK
 
 
 @triton.jit
+def scatter(
+    to, stride_c, c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, df,
+    BORDER: tl.constexpr, TAPS: tl.constexpr, DIMS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """(warp.6) of one channel block by float32 atomics, `to` being each point's image; df is laid out as `gather` returns it."""
+    known, channel = spread(ok, c, LAST)
+    for kz in tl.static_range(TAPS if DIMS == 3 else 1):
+        for ky in tl.static_range(TAPS):
+            for kx in tl.static_range(TAPS):
+                offset, weight = tap(x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, kz, ky, kx, BORDER, TAPS, DIMS)
+                at, channel = spread(to + offset, c, LAST)
+                w, channel = spread(weight, c, LAST)
+                mask = known & (w != 0) & (channel < C)
+                tl.atomic_add(at + channel.to(tl.int64) * stride_c, w * df, mask=mask, sem="relaxed")
+
+
+@triton.jit
 def warp_backward_atomic_kernel(
     grad_rows, rows, norms, grid, points, grad_features, P, B, C, D, H, W, OD, OH, OW,
     stride_b, stride_c, stride_z, stride_y, stride_x, grid_b, grid_r, grid_c, points_stride, grad_p, grad_c,
@@ -57,15 +74,8 @@ def warp_backward_atomic_kernel(
         df = _grad(grad_rows, rows, grad_p, grad_c, p, ok, c, C, dot, norm, NORMALIZE)
         if not LAST:
             df = tl.trans(df)
-        known, channel = spread(ok, c, LAST)
-        for kz in tl.static_range(TAPS if DIMS == 3 else 1):
-            for ky in tl.static_range(TAPS):
-                for kx in tl.static_range(TAPS):
-                    offset, weight = tap(x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, kz, ky, kx, BORDER, TAPS, DIMS)
-                    at, channel = spread(grad_features + image * stride_b + offset, c, LAST)
-                    w, channel = spread(weight, c, LAST)
-                    mask = known & (w != 0) & (channel < C)
-                    tl.atomic_add(at + channel.to(tl.int64) * stride_c, w * df, mask=mask, sem="relaxed")
+        to = grad_features + image * stride_b
+        scatter(to, stride_c, c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, df, BORDER, TAPS, DIMS, LAST)
 
 
 @triton.jit

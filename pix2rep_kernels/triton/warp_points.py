@@ -1,4 +1,4 @@
-"""Where the points of warp are and what they sum: coordinates (warp.1), positions and taps (warp.2-3), and the block sizes that suit them.
+"""Where the points of warp and align are and what they sum: coordinates (warp.1), positions, taps and gathers (warp.2-3), and the block sizes that suit them.
 
 Coordinates are float32 (a float64 grid is cast), in the reference's order of operations and without fused multiply-adds (every launch passes
 enable_fp_fusion=False), so that both agree on a tie of "nearest". A size of 1 is a constant when compiled: tl.cast takes both, `.to` tensors only.
@@ -157,6 +157,25 @@ def spread(p, c, LAST: tl.constexpr):
         return p[:, None], c[None, :]
     else:
         return p[None, :], c[:, None]
+
+
+@triton.jit
+def gather(
+    features, stride_c, c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x,
+    BORDER: tl.constexpr, TAPS: tl.constexpr, DIMS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """(warp.3) of one channel block, `features` being each point's image; a tap without weight is not read and passes no NaN."""
+    known, channel = spread(ok, c, LAST)
+    f = tl.zeros((known & (channel < C)).shape, tl.float32)
+    for kz in tl.static_range(TAPS if DIMS == 3 else 1):
+        for ky in tl.static_range(TAPS):
+            for kx in tl.static_range(TAPS):
+                offset, weight = tap(x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, kz, ky, kx, BORDER, TAPS, DIMS)
+                at, channel = spread(features + offset, c, LAST)
+                w, channel = spread(weight, c, LAST)
+                value = tl.load(at + channel.to(tl.int64) * stride_c, mask=known & (w != 0) & (channel < C), other=0)
+                f = tl.fma(value.to(tl.float32), tl.broadcast_to(w, f.shape), f)
+    return f
 
 
 class Where(NamedTuple):

@@ -93,6 +93,7 @@ void compare(const Sizes& s, uint64_t seed) {
   for (int m = 0; m < 2; ++m)
     if (s.need[m]) equal(name + ", grad by 3 threads", three.grad[m], one.grad[m]);
 
+  if (!kPlainLoops) return;
   std::vector<double> dot(static_cast<size_t>(count)), square[2], grad[2], valid(static_cast<size_t>(count), 1.0);
   for (int m = 0; m < 2; ++m) square[m].resize(size_t(count)), grad[m].resize(size_t(maps[m].count));
   const auto at = [&](int m, int64_t b, int64_t pixel, int64_t c) { return b * C * s.pixels(m) + (s.last[m] ? pixel * C + c : c * s.pixels(m) + pixel); };

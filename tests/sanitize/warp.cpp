@@ -102,6 +102,7 @@ void compare(const Sizes& s, uint64_t seed) {
   equal(name + ", rows by 3 threads", three.rows, one.rows), equal(name + ", norms by 3 threads", three.norms, one.norms);
   equal(name + ", grad by 3 threads", three.grad, one.grad);
 
+  if (!kPlainLoops) return;
   const auto at = [&](int64_t b, int64_t pixel, int64_t c) { return b * channels * pixels + (s.channels_last ? pixel * channels + c : c * pixels + pixel); };
   std::vector<double> rows(size_t(count * channels)), norms(one.norms.size()), grad(size_t(features.size()));
   std::vector<bool> inside(static_cast<size_t>(count));
