@@ -1,0 +1,182 @@
+// Gradient products (infonce.6) over the negatives: a block recomputes the similarities of its rows tile by tile and multiplies them at once.
+//
+// With w_i = g_i exp2(c - lse2_i), the pair (i, j) weighs P_ij = exp2(s_ij - c) (w_i + w_j): in "joint" and "cross" each row of a pair is an
+// anchor to the other, so that one product a side is the whole gradient. "forward" has w = 0 on one side. P never leaves the registers: what a
+// lane holds of a product is what it holds of the next one's left factor.
+#pragma once
+
+#include "infonce_sweeps.h"
+
+namespace pix2rep::infonce {
+
+// A warp has 16 kM of the block's rows, and kSlice features of their gradient in its registers.
+template <int kSlice, bool kSplit>
+struct Shape {
+  static constexpr int kM = kSlice <= 128 ? 2 : 1;
+  static constexpr int kThreads = kTile / (16 * kM) * 32;
+  static constexpr int kPanels = (kSlice + kPanel - 1) / kPanel;        // of the slice
+  static constexpr int kExtra = kSplit ? 3 * kPanels : kPanels;
+  static constexpr int kBlocks = kSlice <= 64 ? 3 : kSlice == 128 ? 2 : 1;  // on a multiprocessor, by their registers
+  using Walks = Ring<kThreads, kColumns, 4>;
+};
+
+// total += P Z for 64 rows of a panel of Z: features [0, 16 kGroups) of it into total from 2 * first on.
+template <int kM, int kFirst, int kGroups, int kCount>
+__device__ __forceinline__ void add_weighed(float (&total)[kM][kCount][4], const uint32_t (&p)[kM][kColumns / 16][4], const unsigned char* panel) {
+  const int lane = threadIdx.x % 32, z = (lane & 15) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
+#pragma unroll
+  for (int k = 0; k < kColumns / 16; ++k)
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      uint32_t y[4];
+      device::load_tiles<true>(y, panel + (z ^ (group << 5)) + k * 16 * kRowBytes);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+          device::multiply(total[m][kFirst + 2 * group + half], p[m][k], {y[2 * half], y[2 * half + 1]}, torch::headeronly::BFloat16());
+    }
+}
+
+// The bfloat16 part of s as the left factor of the next product; kRest: s becomes what is left.
+template <bool kRest, int kM>
+__device__ __forceinline__ void pack(Product<kM>& s, uint32_t (&p)[kM][kColumns / 16][4]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float &low = s[m][n][2 * h], &high = s[m][n][2 * h + 1];
+        const uint32_t pair = device::pack_bfloat16(low, high);
+        p[m][n / 2][n % 2 * 2 + h] = pair;
+        if (kRest) low -= bfloat16_bits(uint16_t(pair)), high -= bfloat16_bits(uint16_t(pair >> 16));
+      }
+}
+
+// P without a common constant. A row of zeros adds nothing as long as its weight is finite, which one constant ensures and this does not.
+template <int kM>
+__device__ __forceinline__ void by_maximum(Product<kM>& s, const ProductsTask& task, int64_t row, int64_t column) {
+  const auto read = [](const float* from, int64_t k, float otherwise) { return from ? from[k] : otherwise; };
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t j = column + 8 * n + i;
+      const bool valid = task.stream.bias[j] == 0;
+      const float grad = read(task.stream_weights.grad, j, 0), lse2 = read(task.stream_weights.lse2, j, INFINITY);
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float& x = s[m][n][2 * h + i];
+          const int64_t k = row + 16 * m + 8 * h;
+          const float own = read(task.own_weights.grad, k, 0) * device::exp2_fast(x - read(task.own_weights.lse2, k, INFINITY));
+          const float p = own + grad * device::exp2_fast(x - lse2);
+          x = valid && x != -INFINITY ? p : 0;
+        }
+    }
+}
+
+// kForm: exp2(s); that less a constant, or where it would flush weights the running maximum's way; the same with pairs left out by ids or lists.
+enum Form { kPlain, kShifted, kListed };
+
+template <int kSlice, int kForm, bool kSplit>
+__global__ void __launch_bounds__(Shape<kSlice, kSplit>::kThreads, kForm == kListed || kSplit ? 1 : Shape<kSlice, kSplit>::kBlocks) products(ProductsTask task) {
+  using S = Shape<kSlice, kSplit>;
+  constexpr int kM = S::kM;
+  const Operand &own = task.own, &stream = task.stream;
+  const int part = blockIdx.x % task.parts, first_feature = blockIdx.x / task.parts % task.slices * kSlice;
+  const int blocks = int((own.count + kTile - 1) / kTile), own_first = blockIdx.x / task.parts / task.slices % blocks * kTile;
+  const int64_t group = blockIdx.x / task.parts / task.slices / blocks, stream_group = group % stream.groups;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row = own_first + warp * 16 * kM + lane / 4, column = lane % 4 * 2;  // the lane's first
+  const int first_tile = part * task.part_tiles, tiles = int((stream.count + kColumns - 1) / kColumns);
+  const int last_tile = first_tile + task.part_tiles < tiles ? first_tile + task.part_tiles : tiles;
+  if (threadIdx.x == 0) {
+    const int64_t own_row = group * own.padded + own_first, stream_row = stream_group * stream.padded;
+    Walk& walk = S::Walks::walk() = Walk(own, stream, own_row, stream_row, last_tile, task.resident);
+    walk.plain = stream.plain + stream_row * stream.plain_width() + first_feature;
+    walk.extra = S::kExtra, walk.extra_stride = kSplit ? own.d : kPanel, walk.extra_width = kSplit ? S::kExtra * kPanel : own.d - first_feature;
+    if (task.stream_weights.share) walk.vector = task.stream_weights.share + stream_row;
+  }
+  __syncthreads();
+  typename S::Walks ring(first_tile);
+
+  float shift = 0;
+  bool online = task.regime == Regime::online;
+  if (kForm != kPlain && task.regime == Regime::shifted) shift = task.temperature.shift(), online = flushed(task.smallest, group, shift);
+  float own_share[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) own_share[m][h] = task.own_weights.share ? task.own_weights.share[group * own.padded + row + 16 * m + 8 * h] : 0;
+
+  float total[kM][kSlice / 8][4] = {};
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    Product<kM> s;
+    const unsigned char* slot = nullptr;
+    clear<kM>(s, kForm != kPlain && !online ? -shift : 0);
+#pragma unroll 1
+    for (int step = 0; step < S::Walks::walk().steps; ++step) {
+      slot = ring.next();
+      add_panel<kM>(s, ring.kept(slot, step) + warp * 16 * kM * kRowBytes, slot, ring.width(step));
+    }
+    const int stream_first = tile * kColumns;
+    if (task.left_out.touch(own_first, kTile, stream_first, kColumns)) task.left_out.apply<kM>(s, stream_first + column - row);
+    if (kForm == kListed) {
+      const Masks masks(task.left_out, own, stream, group, stream_group, task.ids);
+      masks.apply<true, kM>(s, row, stream_first + column);
+    }
+    if (kForm != kPlain && online) {
+      by_maximum<kM>(s, task, group * own.padded + row, stream_group * stream.padded + stream_first + column);
+    } else {
+      const float* share = ring.vector(slot) + column;
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        const float2 weight = *reinterpret_cast<const float2*>(share + 8 * n);
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            s[m][n][i] = device::exp2_fast(s[m][n][i]) * (own_share[m][i / 2] + (i % 2 ? weight.y : weight.x));  // (infonce.5)
+      }
+    }
+    uint32_t p[kM][kColumns / 16][4];
+    if constexpr (kSplit) {
+      // Three parts of P by three of Z hold float32's digits; products beyond its last are left out.
+      uint32_t q[kM][kColumns / 16][4], r[kM][kColumns / 16][4];
+      static_assert(S::kPanels == 1);
+      pack<true, kM>(s, p), pack<true, kM>(s, q), pack<false, kM>(s, r);
+      slot = ring.next();
+      add_weighed<kM, 0, kSlice / 16>(total, r, slot);
+      add_weighed<kM, 0, kSlice / 16>(total, q, slot);
+      add_weighed<kM, 0, kSlice / 16>(total, p, slot);
+      slot = ring.next();
+      add_weighed<kM, 0, kSlice / 16>(total, q, slot);
+      add_weighed<kM, 0, kSlice / 16>(total, p, slot);
+      slot = ring.next();
+      add_weighed<kM, 0, kSlice / 16>(total, p, slot);
+    } else {
+      pack<false, kM>(s, p);
+      constexpr int kGroups = kSlice < kPanel ? kSlice / 16 : kPanel / 16;
+      slot = ring.next();
+      add_weighed<kM, 0, kGroups>(total, p, slot);
+      if constexpr (S::kPanels > 1) slot = ring.next(), add_weighed<kM, 8, kGroups>(total, p, slot);
+      if constexpr (S::kPanels > 2) slot = ring.next(), add_weighed<kM, 16, kGroups>(total, p, slot);
+      if constexpr (S::kPanels > 3) slot = ring.next(), add_weighed<kM, 24, kGroups>(total, p, slot);
+    }
+  }
+  float* out = task.out + ((part * own.groups + group) * own.padded + row) * own.d;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kSlice / 8; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int feature = first_feature + 8 * n + column;
+        if (feature < own.d) *reinterpret_cast<float2*>(out + (16 * m + 8 * h) * int64_t(own.d) + feature) = {total[m][n][2 * h], total[m][n][2 * h + 1]};
+      }
+}
+
+}  // namespace pix2rep::infonce
