@@ -49,53 +49,58 @@ struct Masks {
 
   template <bool kOwnRows, int kM>
   __device__ __forceinline__ void apply(Product<kM>& s, int row, int column) const {
-    const int64_t *own_list = left_out.own_positive, *stream_list = left_out.stream_positive;
-    if (own_list || stream_list) {
-      by_list<kM>(s, kOwnRows ? own_list : stream_list, kOwnRows ? own_count : stream_count, kOwnRows ? stream_list : own_list,
-                  kOwnRows ? stream_count : own_count, row, column);
-    }
+    const int64_t* of_rows = kOwnRows ? left_out.own_positive : left_out.stream_positive;
+    const int64_t* of_columns = kOwnRows ? left_out.stream_positive : left_out.own_positive;
+    if (of_rows) by_row<kM>(s, of_rows, kOwnRows ? own_count : stream_count, row, column);
+    if (of_columns) by_column<kM>(s, of_columns, kOwnRows ? stream_count : own_count, row, column);
     if (own_ids) by_id<kM>(s, (kOwnRows ? own_ids : stream_ids) + row, (kOwnRows ? stream_ids : own_ids) + column);
   }
 
  private:
+  // What the k-th of a list names; indices fit into 32 bits, and one that does not names nothing.
+  __device__ __forceinline__ static int named(const int64_t* list, int count, int k) {
+    const int64_t found = k < count ? list[k] : -1;
+    return found >= 0 && found < INT32_MAX ? int(found) : -1;
+  }
+
   template <int kM>
-  __device__ __forceinline__ static void by_list(Product<kM>& s, const int64_t* of_rows, int rows, const int64_t* of_columns, int columns, int row, int column) {
-    // Indices fit into 32 bits; one that lies outside names nothing, and no other word is -1 or as large.
-    const auto listed = [](const int64_t* list, int count, int k) {
-      const int64_t named = list && k < count ? list[k] : -1;
-      return named >= 0 && named < INT32_MAX ? int(named) : -1;
-    };
-    int of_row[kM][2];
+  __device__ __forceinline__ static void by_row(Product<kM>& s, const int64_t* list, int count, int row, int column) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) of_row[m][h] = listed(of_rows, rows, row + 16 * m + 8 * h);
+      for (int h = 0; h < 2; ++h) {
+        const int ahead = named(list, count, row + 16 * m + 8 * h) - column;
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) s[m][n][2 * h + i] = ahead == 8 * n + i ? -INFINITY : s[m][n][2 * h + i];
+      }
+  }
+
+  template <int kM>
+  __device__ __forceinline__ static void by_column(Product<kM>& s, const int64_t* list, int count, int row, int column) {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int c = column + 8 * n + i, of_column = listed(of_columns, columns, c);
+        const int ahead = named(list, count, column + 8 * n + i) - row;
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
-          for (int h = 0; h < 2; ++h)
-            s[m][n][2 * h + i] = of_row[m][h] == c || of_column == row + 16 * m + 8 * h ? -INFINITY : s[m][n][2 * h + i];
+          for (int h = 0; h < 2; ++h) s[m][n][2 * h + i] = ahead == 16 * m + 8 * h ? -INFINITY : s[m][n][2 * h + i];
       }
   }
 
   // All 64 bits are compared: a lane has few rows and columns, and numbers of 32 bits would take a sort.
   template <int kM>
   __device__ __forceinline__ static void by_id(Product<kM>& s, const int64_t* of_rows, const int64_t* of_columns) {
-    int64_t id[kM][2];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) id[m][0] = of_rows[16 * m], id[m][1] = of_rows[16 * m + 8];
+    for (int m = 0; m < kM; ++m) {
+      const int64_t id[2] = {of_rows[16 * m], of_rows[16 * m + 8]};
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      const int64_t first = of_columns[8 * n], second = of_columns[8 * n + 1];
+      for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[m][n][i] = id[m][i / 2] == (i % 2 ? second : first) ? -INFINITY : s[m][n][i];
+        for (int i = 0; i < 4; ++i) s[m][n][i] = id[i / 2] == of_columns[8 * n + i % 2] ? -INFINITY : s[m][n][i];
     }
   }
 };

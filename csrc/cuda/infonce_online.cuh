@@ -6,12 +6,13 @@
 namespace pix2rep::infonce {
 
 constexpr int kOnlineThreads = 256;
-using OnlineRing = Ring<kOnlineThreads, kColumns, 3>;
+using OnlineRing = Ring<kOnlineThreads, kColumns, 3, 0>;
 
 __global__ void __launch_bounds__(kOnlineThreads, 1) online(OnlineTask task) {
   const Operand &own = task.own, &stream = task.stream;
   const int blocks = int((own.count + kTile - 1) / kTile), own_first = blockIdx.x % blocks * kTile, tiles = int((stream.count + kColumns - 1) / kColumns);
-  const int64_t group = blockIdx.x / blocks, stream_group = group % stream.groups, own_row = group * own.padded + own_first;
+  const int group = blockIdx.x / blocks, stream_group = int(group % stream.groups);
+  const int64_t own_row = group * own.padded + own_first;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = own_first + warp * 16 + lane / 4, column = lane % 4 * 2;
 
   if (task.rescue) {
@@ -29,9 +30,8 @@ __global__ void __launch_bounds__(kOnlineThreads, 1) online(OnlineTask task) {
     if (nobody) return;
   }
   if (threadIdx.x == 0) {
-    const int64_t stream_row = stream_group * stream.padded;
-    Walk& walk = OnlineRing::walk() = Walk(own, stream, own_row, stream_row, tiles, task.resident);
-    walk.vector = stream.bias + stream_row;
+    Walk& walk = OnlineRing::walk() = Walk(own, stream, group, own_first, tiles, task.resident);
+    walk.vector = stream.bias + stream_group * stream.padded;
   }
   __syncthreads();
   OnlineRing ring(0);

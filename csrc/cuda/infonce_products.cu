@@ -2,30 +2,28 @@
 
 namespace pix2rep::infonce {
 
-template <int kSlice, bool kSplit>
-static void launch_slice(const Launch& launch, const ProductsTask& given, bool listed) {
-  using S = Shape<kSlice, kSplit>;
+template <int kSlice, int kForm, bool kSplit>
+static void launch_form(const Launch& launch, const ProductsTask& given) {
+  using S = Shape<kSlice, kForm, kSplit>;
   ProductsTask task = given;
-  const int64_t resident = S::Walks::shared_bytes(task.own, true);
-  task.resident = task.own.scaled_width() <= 256 && resident <= launch.shared_limit();
+  task.resident = task.own.scaled_width() <= 256 && S::Walks::shared_bytes(task.own, true) <= launch.shared_limit();
   const int64_t blocks = task.own.groups * ((task.own.count + kTile - 1) / kTile) * task.slices * task.parts;
-  const int64_t shared = S::Walks::shared_bytes(task.own, task.resident);
-  if constexpr (kSplit) {
-    launch("infonce products", &products<kSlice, kListed, true>, blocks, S::kThreads, shared, task);
-  } else {
-    const auto kernel = listed                         ? &products<kSlice, kListed, false>
-                        : task.regime == Regime::plain ? &products<kSlice, kPlain, false>
-                                                       : &products<kSlice, kShifted, false>;
-    launch("infonce products", kernel, blocks, S::kThreads, shared, task);
-  }
+  launch("infonce products", &products<kSlice, kForm, kSplit>, blocks, S::kThreads, S::Walks::shared_bytes(task.own, task.resident), task);
+}
+
+template <int kSlice>
+static void launch_slice(const Launch& launch, const ProductsTask& task, bool listed) {
+  if (listed) return launch_form<kSlice, kListed, false>(launch, task);
+  if (task.regime == Regime::plain) return launch_form<kSlice, kPlain, false>(launch, task);
+  launch_form<kSlice, kShifted, false>(launch, task);
 }
 
 void launch_products(const Launch& launch, const ProductsTask& task, int slice, bool listed) {
-  if (task.own.split) return launch_slice<64, true>(launch, task, listed);
-  if (slice == 32) return launch_slice<32, false>(launch, task, listed);
-  if (slice == 64) return launch_slice<64, false>(launch, task, listed);
-  if (slice == 128) return launch_slice<128, false>(launch, task, listed);
-  launch_slice<256, false>(launch, task, listed);
+  if (task.own.split) return launch_form<64, kListed, true>(launch, task);
+  if (slice == 32) return launch_slice<32>(launch, task, listed);
+  if (slice == 64) return launch_slice<64>(launch, task, listed);
+  if (slice == 128) return launch_slice<128>(launch, task, listed);
+  launch_slice<256>(launch, task, listed);
 }
 
 }  // namespace pix2rep::infonce

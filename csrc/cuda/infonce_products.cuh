@@ -9,15 +9,19 @@
 
 namespace pix2rep::infonce {
 
+// kForm: exp2(s); that less a constant, or where it would flush weights the running maximum's way; the same with pairs left out by ids or lists.
+enum Form { kPlain, kShifted, kListed };
+
 // A warp has 16 kM of the block's rows, and kSlice features of their gradient in its registers.
-template <int kSlice, bool kSplit>
+template <int kSlice, int kForm, bool kSplit>
 struct Shape {
-  static constexpr int kM = kSlice <= 128 ? 2 : 1;
+  static constexpr int kM = kSlice <= 64 || (kSlice == 128 && kForm != kListed) ? 2 : 1;
   static constexpr int kThreads = kTile / (16 * kM) * 32;
   static constexpr int kPanels = (kSlice + kPanel - 1) / kPanel;        // of the slice
   static constexpr int kExtra = kSplit ? 3 * kPanels : kPanels;
-  static constexpr int kBlocks = kSlice <= 64 ? 3 : kSlice == 128 ? 2 : 1;  // on a multiprocessor, by their registers
-  using Walks = Ring<kThreads, kColumns, 4>;
+  // On a multiprocessor, by their registers.
+  static constexpr int kBlocks = kForm == kListed || kSplit || kSlice == 256 ? 1 : kSlice == 128 ? 2 : 3;
+  using Walks = Ring<kThreads, kColumns, 4, kTile>;
 };
 
 // total += P Z for 64 rows of a panel of Z: features [0, 16 kGroups) of it into total from 2 * first on.
@@ -78,60 +82,59 @@ __device__ __forceinline__ void by_maximum(Product<kM>& s, const ProductsTask& t
     }
 }
 
-// kForm: exp2(s); that less a constant, or where it would flush weights the running maximum's way; the same with pairs left out by ids or lists.
-enum Form { kPlain, kShifted, kListed };
-
 template <int kSlice, int kForm, bool kSplit>
-__global__ void __launch_bounds__(Shape<kSlice, kSplit>::kThreads, kForm == kListed || kSplit ? 1 : Shape<kSlice, kSplit>::kBlocks) products(ProductsTask task) {
-  using S = Shape<kSlice, kSplit>;
+__global__ void __launch_bounds__(Shape<kSlice, kForm, kSplit>::kThreads, Shape<kSlice, kForm, kSplit>::kBlocks) products(ProductsTask task) {
+  using S = Shape<kSlice, kForm, kSplit>;
   constexpr int kM = S::kM;
   const Operand &own = task.own, &stream = task.stream;
   const int part = blockIdx.x % task.parts, first_feature = blockIdx.x / task.parts % task.slices * kSlice;
   const int blocks = int((own.count + kTile - 1) / kTile), own_first = blockIdx.x / task.parts / task.slices % blocks * kTile;
-  const int64_t group = blockIdx.x / task.parts / task.slices / blocks, stream_group = group % stream.groups;
+  const int group = blockIdx.x / task.parts / task.slices / blocks;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row = own_first + warp * 16 * kM + lane / 4, column = lane % 4 * 2;  // the lane's first
+  const int row = warp * 16 * kM + lane / 4, column = lane % 4 * 2;  // the lane's first, of a tile
   const int first_tile = part * task.part_tiles, tiles = int((stream.count + kColumns - 1) / kColumns);
   const int last_tile = first_tile + task.part_tiles < tiles ? first_tile + task.part_tiles : tiles;
+  float shift = task.regime == Regime::shifted ? task.temperature.shift() : 0;
+  const bool online = kForm != kPlain && (task.regime == Regime::online || (task.regime == Regime::shifted && flushed(task.smallest, group, shift)));
   if (threadIdx.x == 0) {
-    const int64_t own_row = group * own.padded + own_first, stream_row = stream_group * stream.padded;
-    Walk& walk = S::Walks::walk() = Walk(own, stream, own_row, stream_row, last_tile, task.resident);
+    Walk& walk = S::Walks::walk() = Walk(own, stream, group, own_first, last_tile, task.resident);
+    const int64_t stream_row = walk.stream_group * stream.padded;
+    walk.out = task.out + ((part * own.groups + group) * own.padded + own_first) * own.d + first_feature;
+    walk.out_width = own.d - first_feature;
     walk.plain = stream.plain + stream_row * stream.plain_width() + first_feature;
+    walk.shift = online ? 0 : shift, walk.online = online;
     walk.extra = S::kExtra, walk.extra_stride = kSplit ? own.d : kPanel, walk.extra_width = kSplit ? S::kExtra * kPanel : own.d - first_feature;
     if (task.stream_weights.share) walk.vector = task.stream_weights.share + stream_row;
   }
+  if (threadIdx.x < kTile)
+    S::Walks::floats()[threadIdx.x] = task.own_weights.share ? task.own_weights.share[group * own.padded + own_first + threadIdx.x] : 0;
   __syncthreads();
   typename S::Walks ring(first_tile);
 
-  float shift = 0;
-  bool online = task.regime == Regime::online;
-  if (kForm != kPlain && task.regime == Regime::shifted) shift = task.temperature.shift(), online = flushed(task.smallest, group, shift);
-  float own_share[kM][2];
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) own_share[m][h] = task.own_weights.share ? task.own_weights.share[group * own.padded + row + 16 * m + 8 * h] : 0;
-
   float total[kM][kSlice / 8][4] = {};
-  for (int tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = first_tile; tile < S::Walks::walk().last; ++tile) {
     Product<kM> s;
     const unsigned char* slot = nullptr;
-    clear<kM>(s, kForm != kPlain && !online ? -shift : 0);
+    clear<kM>(s, kForm != kPlain ? -S::Walks::walk().shift : 0);
 #pragma unroll 1
     for (int step = 0; step < S::Walks::walk().steps; ++step) {
       slot = ring.next();
       add_panel<kM>(s, ring.kept(slot, step) + warp * 16 * kM * kRowBytes, slot, ring.width(step));
     }
-    const int stream_first = tile * kColumns;
-    if (task.left_out.touch(own_first, kTile, stream_first, kColumns)) task.left_out.apply<kM>(s, stream_first + column - row);
+    const Walk& walk = S::Walks::walk();
+    const int ahead = tile * kColumns - walk.own_first;  // of the first column before the first row
+    if (task.left_out.touch(0, kTile, ahead, kColumns)) task.left_out.apply<kM>(s, ahead + column - row);
     if (kForm == kListed) {
-      const Masks masks(task.left_out, own, stream, group, stream_group, task.ids);
-      masks.apply<true, kM>(s, row, stream_first + column);
+      const Masks masks(task.left_out, own, stream, walk.group, walk.stream_group, task.ids);
+      masks.apply<true, kM>(s, walk.own_first + row, tile * kColumns + column);
     }
-    if (kForm != kPlain && online) {
-      by_maximum<kM>(s, task, group * own.padded + row, stream_group * stream.padded + stream_first + column);
+    if (kForm != kPlain && walk.online) {
+      by_maximum<kM>(s, task, walk.group * own.padded + walk.own_first + row, walk.stream_group * stream.padded + tile * kColumns + column);
     } else {
-      const float* share = ring.vector(slot) + column;
+      const float *share = ring.vector(slot) + column, *own_shares = S::Walks::floats() + row;
+      float own_share[kM][2];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) own_share[m][0] = own_shares[16 * m], own_share[m][1] = own_shares[16 * m + 8];
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         const float2 weight = *reinterpret_cast<const float2*>(share + 8 * n);
@@ -167,16 +170,17 @@ __global__ void __launch_bounds__(Shape<kSlice, kSplit>::kThreads, kForm == kLis
       if constexpr (S::kPanels > 3) slot = ring.next(), add_weighed<kM, 24, kGroups>(total, p, slot);
     }
   }
-  float* out = task.out + ((part * own.groups + group) * own.padded + row) * own.d;
+  const Walk& walk = S::Walks::walk();
+  float* out = walk.out + row * int64_t(own.d) + column;
+  const int left = walk.out_width - column;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int n = 0; n < kSlice / 8; ++n)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int feature = first_feature + 8 * n + column;
-        if (feature < own.d) *reinterpret_cast<float2*>(out + (16 * m + 8 * h) * int64_t(own.d) + feature) = {total[m][n][2 * h], total[m][n][2 * h + 1]};
-      }
+      for (int h = 0; h < 2; ++h)
+        if (8 * n < left)
+          *reinterpret_cast<float2*>(out + (16 * m + 8 * h) * int64_t(own.d) + 8 * n) = {total[m][n][2 * h], total[m][n][2 * h + 1]};
 }
 
 }  // namespace pix2rep::infonce

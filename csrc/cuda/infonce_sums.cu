@@ -9,8 +9,8 @@ static bool fits(const Launch& launch, const Operand& own, int64_t bytes) { retu
 
 void launch_sums(const Launch& launch, const SumsTask& given, bool biased, bool listed) {
   SumsTask task = given;
-  task.resident = fits(launch, task.own, sums_shared_bytes(task.own, true));
-  const int64_t blocks = task.own.groups * task.own_parts * task.stream_parts, shared = sums_shared_bytes(task.own, task.resident);
+  task.resident = fits(launch, task.own, SumRing::shared_bytes(task.own, true));
+  const int64_t blocks = task.own.groups * task.own_parts * task.stream_parts, shared = SumRing::shared_bytes(task.own, task.resident);
   const auto kernel = listed ? &sums<true, true> : biased ? &sums<true, false> : &sums<false, false>;
   launch("infonce sums", kernel, blocks, kSumThreads, shared, task);
 }

@@ -11,29 +11,25 @@ namespace pix2rep::infonce {
 
 constexpr int kSumThreads = 256;  // 4 x 2 warps of 32 x 64 pairs
 
-using SumRing = Ring<kSumThreads, kTile, 3>;
-
-inline int64_t sums_shared_bytes(const Operand& own, bool resident) { return SumRing::shared_bytes(own, resident) + 9 * kTile * 4; }
+using SumRing = Ring<kSumThreads, kTile, 3, 9 * kTile>;
 
 // kBiased: some rows are padding or invalid, or exp2 needs a shift. kListed: single pairs are left out by ids or positives.
 template <bool kBiased, bool kListed>
 __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask task) {
   const Operand &own = task.own, &stream = task.stream;
   const int stream_part = blockIdx.x % task.stream_parts, own_part = blockIdx.x / task.stream_parts % task.own_parts;
-  const int64_t group = blockIdx.x / task.stream_parts / task.own_parts, stream_group = group % stream.groups;
+  const int group = blockIdx.x / task.stream_parts / task.own_parts;
   if (task.triangle && stream_part > own_part) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = warp / 2 * 32 + lane / 4, column = warp % 2 * kColumns + lane % 4 * 2;  // of a tile, the lane's first
 
-  float* own_bias = reinterpret_cast<float*>(device::shared_memory() + SumRing::shared_bytes(own, task.resident));
+  float* own_bias = SumRing::floats();
   float* by_row = own_bias + kTile;      // [2, 2, kTile]: of every other tile, by half of the columns
   float* by_column = by_row + 4 * kTile;  // [4, kTile]: by quarter of the rows
 
   const int first_tile = stream_part * task.part_tiles, tiles = int((stream.count + kTile - 1) / kTile), blocks = int((own.count + kTile - 1) / kTile);
   const int last_tile = first_tile + task.part_tiles < tiles ? first_tile + task.part_tiles : tiles;
   const int first_block = own_part * task.part_blocks, last_block = first_block + task.part_blocks < blocks ? first_block + task.part_blocks : blocks;
-  const int64_t stream_row = stream_group * stream.padded;
-  float* stream_sums = task.stream_sums ? task.stream_sums + (own_part * own.groups + group) * stream.padded : nullptr;
 
   for (int block = first_block; block < last_block; ++block) {
     __syncthreads();  // the last block's shared memory is free
@@ -41,21 +37,24 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
     if (kBiased && threadIdx.x < kTile)
       own_bias[threadIdx.x] = own.bias[group * own.padded + own_first + threadIdx.x] - (task.regime == Regime::shifted ? task.temperature.shift() : 0);
     if (threadIdx.x == 0) {
-      Walk& walk = SumRing::walk() = Walk(own, stream, group * own.padded + own_first, stream_row, last_tile, task.resident);
+      Walk& walk = SumRing::walk() = Walk(own, stream, group, own_first, last_tile, task.resident);
+      const int64_t stream_row = walk.stream_group * stream.padded;
       walk.vector = stream.bias + stream_row;
+      if (task.stream_sums) walk.out = task.stream_sums + (own_part * own.groups + group) * stream.padded;
     }
     __syncthreads();
     SumRing ring(first_tile);
     float total[kColumns / 8][2] = {};
     // Adds the sums of tile `tile`, which the warps have left in by_row.
     const auto flush = [&](int tile) {
-      if (!stream_sums || threadIdx.x >= kTile) return;
+      float* to = SumRing::walk().out;
+      if (!to || threadIdx.x >= kTile) return;
       const float* halves = by_row + (tile & 1) * 2 * kTile + threadIdx.x;
-      float* to = stream_sums + int64_t(tile) * kTile + threadIdx.x;
+      to += int64_t(tile) * kTile + threadIdx.x;
       const float sum = halves[0] + halves[kTile];
       *to = block == first_block ? sum : *to + sum;
     };
-    for (int tile = first_tile; tile < last_tile; ++tile) {
+    for (int tile = first_tile; tile < SumRing::walk().last; ++tile) {
       Product<2> s;
       const unsigned char* slot = nullptr;
       clear<2>(s);
@@ -65,11 +64,11 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
         if (step == 0 && tile > first_tile) flush(tile - 1);
         add_panel<2>(s, slot + warp / 2 * 32 * kRowBytes, ring.kept(slot, step) + warp % 2 * kColumns * kRowBytes, ring.width(step));
       }
-      const int stream_first = tile * kTile;
-      if (task.left_out.touch(own_first, kTile, stream_first, kTile)) task.left_out.apply<2>(s, own_first + column - stream_first - row);
+      const int ahead = SumRing::walk().own_first - tile * kTile;  // of the first column before the first row
+      if (task.left_out.touch(0, kTile, ahead, kTile)) task.left_out.apply<2>(s, ahead + column - row);
       if (kListed) {
-        const Masks masks(task.left_out, own, stream, group, stream_group, task.ids);
-        masks.apply<false, 2>(s, stream_first + row, own_first + column);
+        const Masks masks(task.left_out, own, stream, group, SumRing::walk().stream_group, task.ids);
+        masks.apply<false, 2>(s, tile * kTile + row, SumRing::walk().own_first + column);
       }
       const float* bias = ring.vector(slot);
       float rows[2][2] = {};

@@ -86,18 +86,26 @@ __device__ __forceinline__ void add_panel(Product<kM>& s, const unsigned char* x
 struct Walk {
   const uint16_t *own, *stream, *plain;  // first rows of the block and of the stream; the gradient's features of the stream
   const float* vector;                   // a value of each streamed row, or nullptr
-  int64_t own_row, stream_row;           // of all groups' rows, the block's first and the stream's first
+  float* out;                            // where sums of the streamed rows, or products of the own ones, belong
+  int own_first, stream_group, group;
+  float shift;  // that exp2 takes off; with `online` a row's own lse
+  int online;
   int last, resident, kept_bytes;        // tile to stop at; whether kept panels stay, and their bytes
   int d, width, plain_width, panels, steps;  // steps: panels that a tile's similarities take
   int extra, extra_stride, extra_width;      // panels of the gradient
+  int out_width;
 
-  __device__ Walk(const Operand& own, const Operand& stream, int64_t own_row, int64_t stream_row, int last, bool resident)
-      : own(own.scaled + own_row * own.scaled_width()),
-        stream(stream.scaled + stream_row * stream.scaled_width()),
+  __device__ Walk(const Operand& own, const Operand& stream, int group, int own_first, int last, bool resident)
+      : own(own.scaled + (group * own.padded + own_first) * own.scaled_width()),
+        stream(stream.scaled + group % stream.groups * stream.padded * stream.scaled_width()),
         plain(nullptr),
         vector(nullptr),
-        own_row(own_row),
-        stream_row(stream_row),
+        out(nullptr),
+        own_first(own_first),
+        stream_group(int(group % stream.groups)),
+        group(group),
+        shift(0),
+        online(0),
         last(last),
         resident(resident),
         kept_bytes(int(resident_bytes(own, resident))),
@@ -108,7 +116,8 @@ struct Walk {
         steps(own.split ? 3 * panels : panels),
         extra(0),
         extra_stride(0),
-        extra_width(0) {}
+        extra_width(0),
+        out_width(0) {}
 
   __host__ __device__ static int64_t resident_bytes(const Operand& own, bool resident) {
     return resident ? (own.scaled_width() + kPanel - 1) / kPanel * kTile * int64_t(kRowBytes) : 0;
@@ -118,14 +127,18 @@ constexpr int kWalkBytes = 256;
 static_assert(sizeof(Walk) <= kWalkBytes);
 
 // The kept rows, and the panels of the streamed ones in turn: of every tile those that the similarities need, then those of the gradient.
-// Shared memory: the walk, kept panels that stay, kStages slots, all but one of them under way while that one is multiplied.
-template <int kThreads, int kStreamed, int kStages>
+// Shared memory: the walk, kFloats values of the kernel's own, kept panels that stay, kStages slots, all but one of them under way while that one is multiplied.
+template <int kThreads, int kStreamed, int kStages, int kFloats>
 class Ring {
+  static constexpr int kStart = kWalkBytes + kFloats * 4;
+  static_assert(kStart % 128 == 0);
+
  public:
   __host__ __device__ static constexpr int slot_bytes(bool resident) { return (kStreamed + (resident ? 0 : kTile)) * kRowBytes + kStreamed * 4; }
   __host__ __device__ static int64_t shared_bytes(const Operand& own, bool resident) {
-    return kWalkBytes + Walk::resident_bytes(own, resident) + kStages * slot_bytes(resident);
+    return kStart + Walk::resident_bytes(own, resident) + kStages * slot_bytes(resident);
   }
+  __device__ static __forceinline__ float* floats() { return reinterpret_cast<float*>(device::shared_memory() + kWalkBytes); }
   __device__ static __forceinline__ Walk& walk() { return *reinterpret_cast<Walk*>(device::shared_memory()); }
 
   // Of a walk that the block's threads have met to see.
@@ -142,9 +155,7 @@ class Ring {
     device::copy_wait<kStages - 2>();
     __syncthreads();
     issue();
-    const unsigned char* found = slot(ready_);
-    ready_ = ready_ == kStages - 1 ? 0 : ready_ + 1;
-    return found;
+    return slot(free_);  // which is free again by the next call
   }
 
   // The kept panel that goes with a slot in step `step`, and the features that both have.
@@ -162,9 +173,9 @@ class Ring {
   }
 
  private:
-  __device__ __forceinline__ static unsigned char* kept_panel(int panel) { return device::shared_memory() + kWalkBytes + panel * kTile * kRowBytes; }
+  __device__ __forceinline__ static unsigned char* kept_panel(int panel) { return device::shared_memory() + kStart + panel * kTile * kRowBytes; }
   __device__ __forceinline__ static unsigned char* slot(int index) {
-    return device::shared_memory() + kWalkBytes + walk().kept_bytes + index * slot_bytes(walk().resident);
+    return device::shared_memory() + kStart + walk().kept_bytes + index * slot_bytes(walk().resident);
   }
   // Split rows: high by high parts, high by low, low by high.
   __device__ __forceinline__ static int own_panel(int step) { return step < walk().panels ? step : step - walk().panels; }
@@ -194,7 +205,7 @@ class Ring {
     free_ = free_ == kStages - 1 ? 0 : free_ + 1;
   }
 
-  int tile_, step_ = 0, free_ = 0, ready_ = 0;
+  int tile_, step_ = 0, free_ = 0;
 };
 
 }  // namespace pix2rep::infonce
