@@ -36,10 +36,10 @@ __device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; results below 2
   return y;
 }
 
-// 16 bytes from global to shared memory, or zeros; done after a commit and a wait.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool present) {
+// 16 bytes from global to shared memory; done after a commit and a wait.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(present ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>

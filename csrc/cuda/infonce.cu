@@ -25,7 +25,7 @@ struct Found {
 Found online_sums(const Problem& problem, const Rows& own, const Rows& stream, const LeftOut& left_out, bool ids, Found found) {
   found.lse2 = problem.floats({problem.groups, own.operand.padded});
   found.sums.lse2 = mutable_data<float>(found.lse2);
-  launch_online(problem.launch, {own.operand, stream.operand, left_out, ids, problem.regime == Regime::shifted, false, found.sums});
+  launch_online(problem.launch, {own.operand, stream.operand, left_out, ids, problem.regime == Regime::shifted, found.sums});
   return found;
 }
 
@@ -57,7 +57,7 @@ std::vector<Found> sweep(const Problem& problem, const Rows& own, const Rows& st
   const bool biased = own.ragged || stream.ragged || problem.regime == Regime::shifted;
   launch_sums(problem.launch,
               {own.operand, stream.operand, left_out, ids, triangle, found[0].sums.parts, both || triangle ? found.back().sums.parts : nullptr,
-               int(own_parts), int(stream_parts), int(part_blocks), int(part_tiles), false, problem.temperature, problem.regime},
+               int(own_parts), int(stream_parts), int(part_blocks), int(part_tiles), problem.temperature, problem.regime},
               biased, listed);
   if (problem.regime == Regime::shifted) {
     found[0] = online_sums(problem, own, stream, left_out, ids, found[0]);
@@ -106,13 +106,18 @@ Multiplied product(const Problem& problem, const Rows& own, const Rows& stream, 
   const int64_t blocks = std::max<int64_t>(1, ceil_div(own.operand.count, kTile) * problem.groups * slices);
   const int64_t part_tiles = std::max<int64_t>(1, ceil_div(tiles, std::max<int64_t>(1, std::min(tiles, ceil_div(kBlocks, blocks)))));
   const int64_t parts = std::max<int64_t>(1, ceil_div(tiles, part_tiles));
+  // Rows that are no anchors weigh nothing.
+  const Tensor nothing = torch::stable::new_zeros(problem.a, {problem.groups, std::max(own.operand.padded, stream.operand.padded)}, ScalarType::Float);
+  Weights own_share = own_weights, stream_share = stream_weights;
+  for (Weights* weights : {&own_share, &stream_share})
+    if (!weights->share) weights->share = mutable_data<float>(nothing);
   Multiplied found;
   found.memory = problem.floats({parts, problem.groups, own.operand.padded, own.operand.d});
   found.parts = {data<float>(found.memory), int(parts)};
   const bool listed = ids || left_out.own_positive || left_out.stream_positive;
   launch_products(problem.launch,
-                  {own.operand, stream.operand, own_weights, stream_weights, left_out, ids, mutable_data<float>(found.memory), extremes.smallest, int(parts),
-                   int(part_tiles), int(slices), false, problem.temperature, problem.regime},
+                  {own.operand, stream.operand, own_share, stream_share, left_out, ids, mutable_data<float>(found.memory), extremes.smallest, int(parts),
+                   int(part_tiles), int(slices), problem.temperature, problem.regime},
                   slice, listed);
   return found;
 }

@@ -6,7 +6,7 @@
 namespace pix2rep::infonce {
 
 constexpr int kOnlineThreads = 256;
-using OnlineRing = Ring<kOnlineThreads, kColumns, 3, 0>;
+using OnlineRing = Ring<kOnlineThreads, kColumns, 3, 0, 0, true>;
 
 __global__ void __launch_bounds__(kOnlineThreads, 1) online(OnlineTask task) {
   const Operand &own = task.own, &stream = task.stream;
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kOnlineThreads, 1) online(OnlineTask task) {
     if (nobody) return;
   }
   if (threadIdx.x == 0) {
-    Walk& walk = OnlineRing::walk() = Walk(own, stream, group, own_first, tiles, task.resident);
+    Walk& walk = OnlineRing::walk() = Walk(own, stream, group, own_first, tiles, false);
     walk.vector = stream.bias + stream_group * stream.padded;
   }
   __syncthreads();
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kOnlineThreads, 1) online(OnlineTask task) {
 #pragma unroll 1
     for (int step = 0; step < OnlineRing::walk().steps; ++step) {
       slot = ring.next();
-      add_panel<1>(s, ring.kept(slot, step) + warp * 16 * kRowBytes, slot, ring.width(step));
+      add_panel<false, 1>(s, ring.kept(slot, step) + warp * 16 * kRowBytes, slot, ring.width(step));
     }
     const int stream_first = tile * kColumns;
     if (task.left_out.touch(own_first, kTile, stream_first, kColumns)) task.left_out.apply<1>(s, stream_first + column - row);

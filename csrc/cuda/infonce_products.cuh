@@ -13,7 +13,7 @@ namespace pix2rep::infonce {
 enum Form { kPlain, kShifted, kListed };
 
 // A warp has 16 kM of the block's rows, and kSlice features of their gradient in its registers.
-template <int kSlice, int kForm, bool kSplit>
+template <int kSlice, int kForm, bool kSplit, bool kWide>
 struct Shape {
   static constexpr int kM = kSlice <= 64 || (kSlice == 128 && kForm != kListed) ? 2 : 1;
   static constexpr int kThreads = kTile / (16 * kM) * 32;
@@ -21,7 +21,7 @@ struct Shape {
   static constexpr int kExtra = kSplit ? 3 * kPanels : kPanels;
   // On a multiprocessor, by their registers.
   static constexpr int kBlocks = kForm == kListed || kSplit || kSlice == 256 ? 1 : kSlice == 128 ? 2 : 3;
-  using Walks = Ring<kThreads, kColumns, 4, kTile>;
+  using Panels = Ring<kThreads, kColumns, 4, kExtra, kTile, kWide>;
 };
 
 // total += P Z for 64 rows of a panel of Z: features [0, 16 kGroups) of it into total from 2 * first on.
@@ -82,9 +82,9 @@ __device__ __forceinline__ void by_maximum(Product<kM>& s, const ProductsTask& t
     }
 }
 
-template <int kSlice, int kForm, bool kSplit>
-__global__ void __launch_bounds__(Shape<kSlice, kForm, kSplit>::kThreads, Shape<kSlice, kForm, kSplit>::kBlocks) products(ProductsTask task) {
-  using S = Shape<kSlice, kForm, kSplit>;
+template <int kSlice, int kForm, bool kSplit, bool kWide>
+__global__ void __launch_bounds__(Shape<kSlice, kForm, kSplit, kWide>::kThreads, Shape<kSlice, kForm, kSplit, kWide>::kBlocks) products(ProductsTask task) {
+  using S = Shape<kSlice, kForm, kSplit, kWide>;
   constexpr int kM = S::kM;
   const Operand &own = task.own, &stream = task.stream;
   const int part = blockIdx.x % task.parts, first_feature = blockIdx.x / task.parts % task.slices * kSlice;
@@ -97,31 +97,33 @@ __global__ void __launch_bounds__(Shape<kSlice, kForm, kSplit>::kThreads, Shape<
   float shift = task.regime == Regime::shifted ? task.temperature.shift() : 0;
   const bool online = kForm != kPlain && (task.regime == Regime::online || (task.regime == Regime::shifted && flushed(task.smallest, group, shift)));
   if (threadIdx.x == 0) {
-    Walk& walk = S::Walks::walk() = Walk(own, stream, group, own_first, last_tile, task.resident);
+    Walk& walk = S::Panels::walk() = Walk(own, stream, group, own_first, last_tile, !kWide);
     const int64_t stream_row = walk.stream_group * stream.padded;
     walk.out = task.out + ((part * own.groups + group) * own.padded + own_first) * own.d + first_feature;
     walk.out_width = own.d - first_feature;
-    walk.plain = stream.plain + stream_row * stream.plain_width() + first_feature;
+    walk.plain = reinterpret_cast<const unsigned char*>(stream.plain + stream_row * stream.plain_width() + first_feature);
+    if (kSplit) walk.extra_bytes = 2 * own.d, walk.extra_features = 0;
     walk.shift = online ? 0 : shift, walk.online = online;
-    walk.extra = S::kExtra, walk.extra_stride = kSplit ? own.d : kPanel, walk.extra_width = kSplit ? S::kExtra * kPanel : own.d - first_feature;
-    if (task.stream_weights.share) walk.vector = task.stream_weights.share + stream_row;
+    walk.vector = task.stream_weights.share + stream_row;
   }
   if (threadIdx.x < kTile)
-    S::Walks::floats()[threadIdx.x] = task.own_weights.share ? task.own_weights.share[group * own.padded + own_first + threadIdx.x] : 0;
+    S::Panels::floats()[threadIdx.x] = task.own_weights.share[group * own.padded + own_first + threadIdx.x];
   __syncthreads();
-  typename S::Walks ring(first_tile);
+  typename S::Panels ring(first_tile);
 
   float total[kM][kSlice / 8][4] = {};
-  for (int tile = first_tile; tile < S::Walks::walk().last; ++tile) {
+  for (int tile = first_tile; tile < S::Panels::walk().last; ++tile) {
     Product<kM> s;
-    const unsigned char* slot = nullptr;
-    clear<kM>(s, kForm != kPlain ? -S::Walks::walk().shift : 0);
+    const int rows = warp * 16 * kM * kRowBytes;
+    const unsigned char* slot = ring.next();
+    if (kForm != kPlain) clear<kM>(s, -S::Panels::walk().shift);
+    add_panel<kForm == kPlain, kM>(s, ring.kept(slot, 0) + rows, slot, ring.width(0));
 #pragma unroll 1
-    for (int step = 0; step < S::Walks::walk().steps; ++step) {
+    for (int step = 1; step < S::Panels::walk().steps; ++step) {
       slot = ring.next();
-      add_panel<kM>(s, ring.kept(slot, step) + warp * 16 * kM * kRowBytes, slot, ring.width(step));
+      add_panel<false, kM>(s, ring.kept(slot, step) + rows, slot, ring.width(step));
     }
-    const Walk& walk = S::Walks::walk();
+    const Walk& walk = S::Panels::walk();
     const int ahead = tile * kColumns - walk.own_first;  // of the first column before the first row
     if (task.left_out.touch(0, kTile, ahead, kColumns)) task.left_out.apply<kM>(s, ahead + column - row);
     if (kForm == kListed) {
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(Shape<kSlice, kForm, kSplit>::kThreads, Shape<
     if (kForm != kPlain && walk.online) {
       by_maximum<kM>(s, task, walk.group * own.padded + walk.own_first + row, walk.stream_group * stream.padded + tile * kColumns + column);
     } else {
-      const float *share = ring.vector(slot) + column, *own_shares = S::Walks::floats() + row;
+      const float *share = ring.vector(slot) + column, *own_shares = S::Panels::floats() + row;
       float own_share[kM][2];
 #pragma unroll
       for (int m = 0; m < kM; ++m) own_share[m][0] = own_shares[16 * m], own_share[m][1] = own_shares[16 * m + 8];
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(Shape<kSlice, kForm, kSplit>::kThreads, Shape<
       if constexpr (S::kPanels > 3) slot = ring.next(), add_weighed<kM, 24, kGroups>(total, p, slot);
     }
   }
-  const Walk& walk = S::Walks::walk();
+  const Walk& walk = S::Panels::walk();
   float* out = walk.out + row * int64_t(own.d) + column;
   const int left = walk.out_width - column;
 #pragma unroll

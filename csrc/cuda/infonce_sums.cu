@@ -4,22 +4,22 @@
 
 namespace pix2rep::infonce {
 
-// Whether the kept rows of a block stay in shared memory.
-static bool fits(const Launch& launch, const Operand& own, int64_t bytes) { return own.scaled_width() <= 256 && bytes <= launch.shared_limit(); }
-
-void launch_sums(const Launch& launch, const SumsTask& given, bool biased, bool listed) {
-  SumsTask task = given;
-  task.resident = fits(launch, task.own, SumRing::shared_bytes(task.own, true));
-  const int64_t blocks = task.own.groups * task.own_parts * task.stream_parts, shared = SumRing::shared_bytes(task.own, task.resident);
-  const auto kernel = listed ? &sums<true, true> : biased ? &sums<true, false> : &sums<false, false>;
-  launch("infonce sums", kernel, blocks, kSumThreads, shared, task);
+template <bool kBiased, bool kListed, bool kWide>
+static void launch_form(const Launch& launch, const SumsTask& task) {
+  const int64_t blocks = task.own.groups * task.own_parts * task.stream_parts;
+  launch("infonce sums", &sums<kBiased, kListed, kWide>, blocks, kSumThreads, SumRing<kWide>::shared_bytes(task.own), task);
 }
 
-void launch_online(const Launch& launch, const OnlineTask& given) {
-  OnlineTask task = given;
-  task.resident = fits(launch, task.own, OnlineRing::shared_bytes(task.own, true));
+void launch_sums(const Launch& launch, const SumsTask& task, bool biased, bool listed) {
+  if (task.own.split || task.own.d > 256) return launch_form<true, true, true>(launch, task);
+  if (listed) return launch_form<true, true, false>(launch, task);
+  if (biased) return launch_form<true, false, false>(launch, task);
+  launch_form<false, false, false>(launch, task);
+}
+
+void launch_online(const Launch& launch, const OnlineTask& task) {
   const int64_t blocks = task.own.groups * ((task.own.count + kTile - 1) / kTile);
-  launch("infonce online", &online, blocks, kOnlineThreads, OnlineRing::shared_bytes(task.own, task.resident), task);
+  launch("infonce online", &online, blocks, kOnlineThreads, OnlineRing::shared_bytes(task.own), task);
 }
 
 }  // namespace pix2rep::infonce

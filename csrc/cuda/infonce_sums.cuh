@@ -11,11 +11,13 @@ namespace pix2rep::infonce {
 
 constexpr int kSumThreads = 256;  // 4 x 2 warps of 32 x 64 pairs
 
-using SumRing = Ring<kSumThreads, kTile, 3, 9 * kTile>;
+template <bool kWide>
+using SumRing = Ring<kSumThreads, kTile, 3, 0, 9 * kTile, kWide>;
 
 // kBiased: some rows are padding or invalid, or exp2 needs a shift. kListed: single pairs are left out by ids or positives.
-template <bool kBiased, bool kListed>
+template <bool kBiased, bool kListed, bool kWide>
 __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask task) {
+  using Panels = SumRing<kWide>;
   const Operand &own = task.own, &stream = task.stream;
   const int stream_part = blockIdx.x % task.stream_parts, own_part = blockIdx.x / task.stream_parts % task.own_parts;
   const int group = blockIdx.x / task.stream_parts / task.own_parts;
@@ -23,7 +25,7 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = warp / 2 * 32 + lane / 4, column = warp % 2 * kColumns + lane % 4 * 2;  // of a tile, the lane's first
 
-  float* own_bias = SumRing::floats();
+  float* own_bias = Panels::floats();
   float* by_row = own_bias + kTile;      // [2, 2, kTile]: of every other tile, by half of the columns
   float* by_column = by_row + 4 * kTile;  // [4, kTile]: by quarter of the rows
 
@@ -37,43 +39,46 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
     if (kBiased && threadIdx.x < kTile)
       own_bias[threadIdx.x] = own.bias[group * own.padded + own_first + threadIdx.x] - (task.regime == Regime::shifted ? task.temperature.shift() : 0);
     if (threadIdx.x == 0) {
-      Walk& walk = SumRing::walk() = Walk(own, stream, group, own_first, last_tile, task.resident);
+      Walk& walk = Panels::walk() = Walk(own, stream, group, own_first, last_tile, !kWide);
       const int64_t stream_row = walk.stream_group * stream.padded;
       walk.vector = stream.bias + stream_row;
       if (task.stream_sums) walk.out = task.stream_sums + (own_part * own.groups + group) * stream.padded;
     }
     __syncthreads();
-    SumRing ring(first_tile);
+    Panels ring(first_tile);
     float total[kColumns / 8][2] = {};
     // Adds the sums of tile `tile`, which the warps have left in by_row.
     const auto flush = [&](int tile) {
-      float* to = SumRing::walk().out;
+      float* to = Panels::walk().out;
       if (!to || threadIdx.x >= kTile) return;
       const float* halves = by_row + (tile & 1) * 2 * kTile + threadIdx.x;
       to += int64_t(tile) * kTile + threadIdx.x;
       const float sum = halves[0] + halves[kTile];
       *to = block == first_block ? sum : *to + sum;
     };
-    for (int tile = first_tile; tile < SumRing::walk().last; ++tile) {
+    for (int tile = first_tile; tile < Panels::walk().last; ++tile) {
       Product<2> s;
-      const unsigned char* slot = nullptr;
-      clear<2>(s);
+      const unsigned char* slot = ring.next();
+      if (tile > first_tile) flush(tile - 1);
+      const int rows = warp / 2 * 32 * kRowBytes, columns = warp % 2 * kColumns * kRowBytes;
+      add_panel<true, 2>(s, slot + rows, ring.kept(slot, 0) + columns, ring.width(0));
 #pragma unroll 1
-      for (int step = 0; step < SumRing::walk().steps; ++step) {
+      for (int step = 1; step < Panels::walk().steps; ++step) {
         slot = ring.next();
-        if (step == 0 && tile > first_tile) flush(tile - 1);
-        add_panel<2>(s, slot + warp / 2 * 32 * kRowBytes, ring.kept(slot, step) + warp % 2 * kColumns * kRowBytes, ring.width(step));
+        add_panel<false, 2>(s, slot + rows, ring.kept(slot, step) + columns, ring.width(step));
       }
-      const int ahead = SumRing::walk().own_first - tile * kTile;  // of the first column before the first row
+      const int ahead = Panels::walk().own_first - tile * kTile;  // of the first column before the first row
       if (task.left_out.touch(0, kTile, ahead, kTile)) task.left_out.apply<2>(s, ahead + column - row);
       if (kListed) {
-        const Masks masks(task.left_out, own, stream, group, SumRing::walk().stream_group, task.ids);
-        masks.apply<false, 2>(s, tile * kTile + row, SumRing::walk().own_first + column);
+        const Masks masks(task.left_out, own, stream, group, Panels::walk().stream_group, task.ids);
+        masks.apply<false, 2>(s, tile * kTile + row, Panels::walk().own_first + column);
       }
-      const float* bias = ring.vector(slot);
-      float rows[2][2] = {};
+      const float* bias = ring.vector(slot) + row;
+      float by_lane[2][2] = {};
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
+        float2 column_bias{};
+        if (kBiased) column_bias = *reinterpret_cast<const float2*>(own_bias + column + 8 * n);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float e[2][2];
@@ -82,9 +87,9 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               float x = s[m][n][2 * h + i];
-              if (kBiased) x += bias[row + 16 * m + 8 * h] + own_bias[column + 8 * n + i];
+              if (kBiased) x += bias[16 * m + 8 * h] + (i ? column_bias.y : column_bias.x);
               e[m][h] = device::exp2_fast(x);
-              rows[m][h] += e[m][h];
+              by_lane[m][h] += e[m][h];
             }
           total[n][i] += (e[0][0] + e[0][1]) + (e[1][0] + e[1][1]);
         }
@@ -93,7 +98,7 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float x = rows[m][h];
+          float x = by_lane[m][h];
           x += device::shuffle_xor(x, 1);
           x += device::shuffle_xor(x, 2);
           if (lane % 4 == 0) by_row[((tile & 1) * 2 + warp % 2) * kTile + row + 16 * m + 8 * h] = x;

@@ -12,7 +12,6 @@ struct SumsTask {
   bool ids, triangle;  // triangle: own and stream are the same rows in the same parts; those below the diagonal mirror those above
   float *own_sums, *stream_sums;  // [stream_parts, G, own.padded], [own_parts, G, stream.padded] or nullptr
   int own_parts, stream_parts, part_blocks, part_tiles;
-  bool resident;
   Temperature temperature;
   Regime regime;
 };
@@ -20,7 +19,7 @@ struct SumsTask {
 struct OnlineTask {
   Operand own, stream;
   LeftOut left_out;
-  bool ids, rescue, resident;  // rescue: only in blocks with a row whose sum in `found` is all but flushed
+  bool ids, rescue;  // rescue: only in blocks with a row whose sum in `found` is all but flushed
   Sums found;                  // [parts, G, own.padded]; lse2 is written
 };
 
@@ -32,7 +31,6 @@ struct ProductsTask {
   float* out;  // [parts, G, own.padded, own.d]
   const float* smallest;  // of Extremes
   int parts, part_tiles, slices;
-  bool resident;
   Temperature temperature;
   Regime regime;
 };

@@ -195,9 +195,9 @@ inline uint32_t pack_bfloat16(float low, float high) {
   return uint32_t(l.x) | uint32_t(h.x) << 16;
 }
 
-inline void copy_async(void* shared, const void* global, bool present) {
+inline void copy_async(void* shared, const void* global) {
   Copy copy{shared, {}};
-  if (present) std::memcpy(copy.bytes, global, 16);
+  std::memcpy(copy.bytes, global, 16);
   block.fibers[block.current].open.push_back(copy);
 }
 inline void copy_commit() {
