@@ -79,5 +79,12 @@ __device__ __forceinline__ void add_atomic(float* to, float4 value) {
 }
 __device__ __forceinline__ void add_atomic(float* to, float value) { atomicAdd(to, value); }
 
+// Marks code that tiles in the interior do not run, for benchmarks/cuda_static.py to leave out of its count.
+__device__ __forceinline__ void rarely() {
+#ifdef PIX2REP_STATIC
+  asm volatile("pmevent 0;");
+#endif
+}
+
 }  // namespace pix2rep::device
 #endif

@@ -23,6 +23,7 @@ struct LeftOut {
   // Leaves them out of a product whose first column is `ahead` of its first row.
   template <int kM>
   __device__ __forceinline__ void apply(Product<kM>& s, int ahead) const {
+    device::rarely();
     const int far = apart ? span : 0, near = diagonal ? 0 : far;
     each<kM>(s, 0, 0, [&](float& x, int row, int column) {
       const int d = ahead + column - row;

@@ -61,6 +61,7 @@ __device__ __forceinline__ void pack(Product<kM>& s, uint32_t (&p)[kM][kColumns 
 // P without a common constant. A row of zeros adds nothing as long as its weight is finite, which one constant ensures and this does not.
 template <int kM>
 __device__ __forceinline__ void by_maximum(Product<kM>& s, const ProductsTask& task, int64_t row, int64_t column) {
+  device::rarely();
   const auto read = [](const float* from, int64_t k, float otherwise) { return from ? from[k] : otherwise; };
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n)

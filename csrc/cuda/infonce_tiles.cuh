@@ -85,6 +85,7 @@ __device__ __forceinline__ void add_panel(Product<kM>& s, const unsigned char* x
 #pragma unroll
     for (int k = 1; k < kPanel / 16; ++k) add_step<false, kM>(s, x + (a ^ (k << 5)), y + (b ^ (k << 5)));
   } else {
+    device::rarely();
     if (kFirst) clear<kM>(s);
 #pragma unroll 1
     for (int k = 0; 16 * k < width; ++k) add_step<false, kM>(s, x + (a ^ (k << 5)), y + (b ^ (k << 5)));
