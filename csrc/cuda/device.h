@@ -17,6 +17,10 @@ namespace pix2rep::device {
 extern __shared__ __align__(128) unsigned char shared_bytes[];
 __device__ __forceinline__ unsigned char* shared_memory() { return shared_bytes; }
 
+// Where something lies in shared memory; a multiple of 128 plus less may be taken apart by bits.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
+
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
@@ -38,8 +42,7 @@ __device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; results below 2
 
 // 16 bytes from global to shared memory; done after a commit and a wait.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -49,8 +52,7 @@ __device__ __forceinline__ void copy_wait() {
 
 // Four 8 x 8 tiles of 16-bit values: lane l names row l % 8 of tile l / 8, and gets two neighbours of row l / 4 of each (of column l / 4 when transposed).
 template <bool kTransposed>
-__device__ __forceinline__ void load_tiles(uint32_t (&to)[4], const void* row) {
-  const uint32_t from = uint32_t(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void load_tiles(uint32_t (&to)[4], SharedAddress from) {
   if constexpr (kTransposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
   else
@@ -78,6 +80,12 @@ __device__ __forceinline__ void add_atomic(float* to, float4 value) {
 #endif
 }
 __device__ __forceinline__ void add_atomic(float* to, float value) { atomicAdd(to, value); }
+
+// x, which the compiler must not know: what is computed from it is not kept in registers across a loop.
+__device__ __forceinline__ int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // Marks code that tiles in the interior do not run, for benchmarks/cuda_static.py to leave out of its count.
 __device__ __forceinline__ void rarely() {

@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> forward(Tensor a, Tensor b, Tensor temperature, doubl
   if (problem.groups * problem.n == 0) return {out, lse};
   const std::vector<Found> found = negatives(problem);
   Found queued;
-  if (problem.queue_count > 0) queued = sweep(problem, problem.x, problem.queue, LeftOut{}, false, false)[0], queued.sums.count = std::max<int64_t>(1, queued.sums.count);
+  if (problem.queue_count > 0) queued = sweep(problem, problem.x, problem.queue, Problem::nothing(), false, false)[0], queued.sums.count = std::max<int64_t>(1, queued.sums.count);
   for (int side = 0; side < problem.sides(); ++side) {
     const View view = problem.view(side);
     problem.launch("infonce losses", &losses, ceil_div(problem.groups * view.count, kRowWarps), kRowThreads, 0, view, found[side].sums, queued.sums,
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_losses, Tensor losses, T
     if (!(problem.joint() && main.parts.count)) {
       main = product(problem, own, stream, own_weights, stream_weights, problem.left_out(side), problem.has_ids, extreme);
       queued = {};
-      if (problem.queue_count > 0 && own_weights.share) queued = product(problem, own, problem.queue, own_weights, {}, LeftOut{}, false, extreme);
+      if (problem.queue_count > 0 && own_weights.share) queued = product(problem, own, problem.queue, own_weights, {}, Problem::nothing(), false, extreme);
     }
     const Tensor unused = needs[side] ? grads[side] : torch::stable::new_empty(side ? b : a, {groups, view.count, problem.d});
     GradientsTask task{};

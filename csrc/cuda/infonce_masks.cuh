@@ -5,29 +5,30 @@
 
 namespace pix2rep::infonce {
 
-// Which candidates are no negatives by their place: own == stream, |own - stream| == span, or those that a list names.
+constexpr int kNowhere = INT32_MIN / 2;
+
+// Which candidates are no negatives by their place: stream - own is one of three numbers, or a list names the pair.
 struct LeftOut {
-  bool diagonal, apart;
-  int span;
+  int ahead[3];                    // 0, span, -span, or kNowhere
   const int64_t* own_positive;     // [G, own.count]: stream == own_positive[own]
   const int64_t* stream_positive;  // [G, stream.count]: own == stream_positive[stream]
 
-  // Whether the blocks that begin at own and stream hold such pairs, lists aside.
-  __device__ __forceinline__ bool touch(int own, int own_rows, int stream, int stream_rows) const {
-    const int low = stream - own - own_rows, high = stream - own + stream_rows;  // both outside
-    const bool near = diagonal && low < 0 && high > 0;
-    const bool far = apart && ((low < span && high > span) || (low < -span && high > -span));
-    return near || far;
+  // Whether a product of rows by columns holds such pairs, lists aside, when its first column is `first` ahead of its first row.
+  template <int kRows, int kCount>
+  __device__ __forceinline__ bool touch(int first) const {
+    bool found = false;
+#pragma unroll
+    for (int k = 0; k < 3; ++k) found |= unsigned(ahead[k] - first + kRows - 1) < unsigned(kRows + kCount - 1);
+    return found;
   }
 
-  // Leaves them out of a product whose first column is `ahead` of its first row.
+  // Leaves them out of a product whose first column is `first` ahead of its first row.
   template <int kM>
-  __device__ __forceinline__ void apply(Product<kM>& s, int ahead) const {
+  __device__ __forceinline__ void apply(Product<kM>& s, int first) const {
     device::rarely();
-    const int far = apart ? span : 0, near = diagonal ? 0 : far;
+    const int left[3] = {ahead[0] - first, ahead[1] - first, ahead[2] - first};
     each<kM>(s, 0, 0, [&](float& x, int row, int column) {
-      const int d = ahead + column - row;
-      if (d == near || d == far || d == -far) x = -INFINITY;
+      if (left[0] == column - row || left[1] == column - row || left[2] == column - row) x = -INFINITY;
     });
   }
 };

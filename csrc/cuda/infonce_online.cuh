@@ -30,11 +30,11 @@ __global__ void __launch_bounds__(kOnlineThreads, 1) online(OnlineTask task) {
     if (nobody) return;
   }
   if (threadIdx.x == 0) {
-    Walk& walk = OnlineRing::walk() = Walk(own, stream, group, own_first, tiles, false);
+    Walk& walk = OnlineRing::walk() = Walk(own, stream, group, own_first, 0, tiles, false);
     walk.vector = stream.bias + stream_group * stream.padded;
   }
   __syncthreads();
-  OnlineRing ring(0);
+  OnlineRing ring;
   float top[2] = {-1e30f, -1e30f}, total[2] = {};  // finite: -inf less -inf is NaN
   for (int tile = 0; tile < tiles; ++tile) {
     Product<1> s;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kOnlineThreads, 1) online(OnlineTask task) {
       add_panel<false, 1>(s, ring.kept(slot, step) + warp * 16 * kRowBytes, slot, ring.width(step));
     }
     const int stream_first = tile * kColumns;
-    if (task.left_out.touch(own_first, kTile, stream_first, kColumns)) task.left_out.apply<1>(s, stream_first + column - row);
+    if (task.left_out.touch<kTile, kColumns>(stream_first - own_first)) task.left_out.apply<1>(s, stream_first + column - row);
     const Masks masks(task.left_out, own, stream, group, stream_group, task.ids);
     masks.apply<true, 1>(s, row, stream_first + column);
     const float* bias = ring.vector(slot) + column;

@@ -94,11 +94,12 @@ struct Problem : InfonceShape {
 
   // What a sweep of x, or of y when `swapped`, leaves out.
   LeftOut left_out(bool swapped) const {
-    if (joint()) return {true, true, int(n), nullptr, nullptr};
-    if (!positive) return {true, false, 0, nullptr, nullptr};
+    if (joint()) return {{0, int(n), -int(n)}, nullptr, nullptr};
+    if (!positive) return {{0, kNowhere, kNowhere}, nullptr, nullptr};
     const int64_t* list = data<int64_t>(*positive);
-    return {false, false, 0, swapped ? nullptr : list, swapped ? list : nullptr};
+    return {{kNowhere, kNowhere, kNowhere}, swapped ? nullptr : list, swapped ? list : nullptr};
   }
+  static LeftOut nothing() { return {{kNowhere, kNowhere, kNowhere}, nullptr, nullptr}; }
 
   Source source(const Tensor& rows, const char* name, const OptionalTensor& order = {}) const {
     const bool grouped = rows.dim() == 3;

@@ -27,13 +27,14 @@ struct Shape {
 // total += P Z for 64 rows of a panel of Z: features [0, 16 kGroups) of it into total from 2 * first on.
 template <int kM, int kFirst, int kGroups, int kCount>
 __device__ __forceinline__ void add_weighed(float (&total)[kM][kCount][4], const uint32_t (&p)[kM][kColumns / 16][4], const unsigned char* panel) {
-  const int lane = threadIdx.x % 32, z = (lane & 15) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
+  const int lane = threadIdx.x % 32;
+  const auto z = device::shared_address(panel + (lane & 15) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4));
 #pragma unroll
   for (int k = 0; k < kColumns / 16; ++k)
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       uint32_t y[4];
-      device::load_tiles<true>(y, panel + (z ^ (group << 5)) + k * 16 * kRowBytes);
+      device::load_tiles<true>(y, (z ^ (group << 5)) + k * 16 * kRowBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(Shape<kSlice, kForm, kSplit, kWide>::kThreads,
   float shift = task.regime == Regime::shifted ? task.temperature.shift() : 0;
   const bool online = kForm != kPlain && (task.regime == Regime::online || (task.regime == Regime::shifted && flushed(task.smallest, group, shift)));
   if (threadIdx.x == 0) {
-    Walk& walk = S::Panels::walk() = Walk(own, stream, group, own_first, last_tile, !kWide);
+    Walk& walk = S::Panels::walk() = Walk(own, stream, group, own_first, first_tile, last_tile, !kWide);
     const int64_t stream_row = walk.stream_group * stream.padded;
     walk.out = task.out + ((part * own.groups + group) * own.padded + own_first) * own.d + first_feature;
     walk.out_width = own.d - first_feature;
@@ -110,10 +111,10 @@ __global__ void __launch_bounds__(Shape<kSlice, kForm, kSplit, kWide>::kThreads,
   if (threadIdx.x < kTile)
     S::Panels::floats()[threadIdx.x] = task.own_weights.share[group * own.padded + own_first + threadIdx.x];
   __syncthreads();
-  typename S::Panels ring(first_tile);
+  typename S::Panels ring;
 
   float total[kM][kSlice / 8][4] = {};
-  for (int tile = first_tile; tile < S::Panels::walk().last; ++tile) {
+  for (int tile = S::Panels::walk().first; tile < S::Panels::walk().last; ++tile) {
     Product<kM> s;
     const int rows = warp * 16 * kM * kRowBytes;
     const unsigned char* slot = ring.next();
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(Shape<kSlice, kForm, kSplit, kWide>::kThreads,
     }
     const Walk& walk = S::Panels::walk();
     const int ahead = tile * kColumns - walk.own_first;  // of the first column before the first row
-    if (task.left_out.touch(0, kTile, ahead, kColumns)) task.left_out.apply<kM>(s, ahead + column - row);
+    if (task.left_out.touch<kTile, kColumns>(ahead)) task.left_out.apply<kM>(s, ahead + column - row);
     if (kForm == kListed) {
       const Masks masks(task.left_out, own, stream, walk.group, walk.stream_group, task.ids);
       masks.apply<true, kM>(s, walk.own_first + row, tile * kColumns + column);

@@ -19,9 +19,7 @@ template <bool kBiased, bool kListed, bool kWide>
 __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask task) {
   using Panels = SumRing<kWide>;
   const Operand &own = task.own, &stream = task.stream;
-  const int stream_part = blockIdx.x % task.stream_parts, own_part = blockIdx.x / task.stream_parts % task.own_parts;
-  const int group = blockIdx.x / task.stream_parts / task.own_parts;
-  if (task.triangle && stream_part > own_part) return;
+  if (task.triangle && task.stream_part(blockIdx.x) > task.own_part(blockIdx.x)) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = warp / 2 * 32 + lane / 4, column = warp % 2 * kColumns + lane % 4 * 2;  // of a tile, the lane's first
 
@@ -29,23 +27,26 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
   float* by_row = own_bias + kTile;      // [2, 2, kTile]: of every other tile, by half of the columns
   float* by_column = by_row + 4 * kTile;  // [4, kTile]: by quarter of the rows
 
-  const int first_tile = stream_part * task.part_tiles, tiles = int((stream.count + kTile - 1) / kTile), blocks = int((own.count + kTile - 1) / kTile);
-  const int last_tile = first_tile + task.part_tiles < tiles ? first_tile + task.part_tiles : tiles;
-  const int first_block = own_part * task.part_blocks, last_block = first_block + task.part_blocks < blocks ? first_block + task.part_blocks : blocks;
-
-  for (int block = first_block; block < last_block; ++block) {
+  const int blocks = int((own.count + kTile - 1) / kTile);
+  int block = task.own_part(blockIdx.x) * task.part_blocks;
+  if (block >= blocks) return;
+  do {
     __syncthreads();  // the last block's shared memory is free
-    const int own_first = block * kTile;
+    int id = device::unknown(blockIdx.x), group = task.group(id);
     if (kBiased && threadIdx.x < kTile)
-      own_bias[threadIdx.x] = own.bias[group * own.padded + own_first + threadIdx.x] - (task.regime == Regime::shifted ? task.temperature.shift() : 0);
+      own_bias[threadIdx.x] = own.bias[group * own.padded + block * kTile + threadIdx.x] - (task.regime == Regime::shifted ? task.temperature.shift() : 0);
     if (threadIdx.x == 0) {
-      Walk& walk = Panels::walk() = Walk(own, stream, group, own_first, last_tile, !kWide);
+      const int first_block = task.own_part(id) * task.part_blocks, first = task.stream_part(id) * task.part_tiles;
+      const int tiles = int((stream.count + kTile - 1) / kTile);
+      Walk& walk = Panels::walk() = Walk(own, stream, group, block * kTile, first, first + task.part_tiles < tiles ? first + task.part_tiles : tiles, !kWide);
+      walk.last_block = first_block + task.part_blocks < blocks ? first_block + task.part_blocks : blocks;
+      walk.fresh = block == first_block;
       const int64_t stream_row = walk.stream_group * stream.padded;
       walk.vector = stream.bias + stream_row;
-      if (task.stream_sums) walk.out = task.stream_sums + (own_part * own.groups + group) * stream.padded;
+      if (task.stream_sums) walk.out = task.stream_sums + (task.own_part(id) * own.groups + group) * stream.padded;
     }
     __syncthreads();
-    Panels ring(first_tile);
+    Panels ring;
     float total[kColumns / 8][2] = {};
     // Adds the sums of tile `tile`, which the warps have left in by_row.
     const auto flush = [&](int tile) {
@@ -54,12 +55,12 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
       const float* halves = by_row + (tile & 1) * 2 * kTile + threadIdx.x;
       to += int64_t(tile) * kTile + threadIdx.x;
       const float sum = halves[0] + halves[kTile];
-      *to = block == first_block ? sum : *to + sum;
+      *to = Panels::walk().fresh ? sum : *to + sum;
     };
-    for (int tile = first_tile; tile < Panels::walk().last; ++tile) {
+    for (int tile = Panels::walk().first; tile < Panels::walk().last; ++tile) {
       Product<2> s;
       const unsigned char* slot = ring.next();
-      if (tile > first_tile) flush(tile - 1);
+      if (tile > Panels::walk().first) flush(tile - 1);
       const int rows = warp / 2 * 32 * kRowBytes, columns = warp % 2 * kColumns * kRowBytes;
       add_panel<true, 2>(s, slot + rows, ring.kept(slot, 0) + columns, ring.width(0));
 #pragma unroll 1
@@ -68,9 +69,9 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
         add_panel<false, 2>(s, slot + rows, ring.kept(slot, step) + columns, ring.width(step));
       }
       const int ahead = Panels::walk().own_first - tile * kTile;  // of the first column before the first row
-      if (task.left_out.touch(0, kTile, ahead, kTile)) task.left_out.apply<2>(s, ahead + column - row);
+      if (task.left_out.touch<kTile, kTile>(ahead)) task.left_out.apply<2>(s, ahead + column - row);
       if (kListed) {
-        const Masks masks(task.left_out, own, stream, group, Panels::walk().stream_group, task.ids);
+        const Masks masks(task.left_out, own, stream, Panels::walk().group, Panels::walk().stream_group, task.ids);
         masks.apply<false, 2>(s, tile * kTile + row, Panels::walk().own_first + column);
       }
       const float* bias = ring.vector(slot) + row;
@@ -113,14 +114,16 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
         if (lane < 4) by_column[warp / 2 * kTile + column + 8 * n + i] = x;
       }
     __syncthreads();
-    if (last_tile > first_tile) flush(last_tile - 1);
+    if (Panels::walk().last > Panels::walk().first) flush(Panels::walk().last - 1);
+    id = device::unknown(blockIdx.x), group = task.group(id);
     // A part on the diagonal is a full square, whose stream sums are all there is.
-    if (threadIdx.x < kTile && !(task.triangle && stream_part == own_part)) {
+    const int part = task.stream_part(id);
+    if (threadIdx.x < kTile && !(task.triangle && part == task.own_part(id))) {
       const float* quarters = by_column + threadIdx.x;
-      task.own_sums[(stream_part * own.groups + group) * own.padded + own_first + threadIdx.x] =
+      task.own_sums[(part * own.groups + group) * own.padded + block * kTile + threadIdx.x] =
           (quarters[0] + quarters[kTile]) + (quarters[2 * kTile] + quarters[3 * kTile]);
     }
-  }
+  } while (++block < Panels::walk().last_block);
 }
 
 }  // namespace pix2rep::infonce

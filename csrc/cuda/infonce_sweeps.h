@@ -14,6 +14,10 @@ struct SumsTask {
   int own_parts, stream_parts, part_blocks, part_tiles;
   Temperature temperature;
   Regime regime;
+
+  __device__ int stream_part(int block) const { return block % stream_parts; }
+  __device__ int own_part(int block) const { return block / stream_parts % own_parts; }
+  __device__ int group(int block) const { return block / stream_parts / own_parts; }
 };
 
 struct OnlineTask {

@@ -55,7 +55,7 @@ __device__ __forceinline__ int lane_bytes(int stride) { return int(threadIdx.x) 
 
 // s += x y^T over 16 features, or s = x y^T when kFirst: rows of x from its lane's place `a`, columns of y from `b`.
 template <bool kFirst, int kM>
-__device__ __forceinline__ void add_step(Product<kM>& s, const unsigned char* a, const unsigned char* b) {
+__device__ __forceinline__ void add_step(Product<kM>& s, device::SharedAddress a, device::SharedAddress b) {
   uint32_t x[kM][4];
 #pragma unroll
   for (int m = 0; m < kM; ++m) device::load_tiles<false>(x[m], a + m * 16 * kRowBytes);
@@ -78,17 +78,17 @@ __device__ __forceinline__ void add_step(Product<kM>& s, const unsigned char* a,
 template <bool kFirst, int kM>
 __device__ __forceinline__ void add_panel(Product<kM>& s, const unsigned char* x, const unsigned char* y, int width) {
   const int lane = threadIdx.x % 32;
-  const int a = (lane & 15) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
-  const int b = ((lane & 7) + ((lane >> 4) << 3)) * kRowBytes + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
+  const auto a = device::shared_address(x + (lane & 15) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4));
+  const auto b = device::shared_address(y + ((lane & 7) + ((lane >> 4) << 3)) * kRowBytes + ((((lane >> 3) & 1) ^ (lane & 7)) << 4));
   if (width >= kPanel) {
-    add_step<kFirst, kM>(s, x + a, y + b);
+    add_step<kFirst, kM>(s, a, b);
 #pragma unroll
-    for (int k = 1; k < kPanel / 16; ++k) add_step<false, kM>(s, x + (a ^ (k << 5)), y + (b ^ (k << 5)));
+    for (int k = 1; k < kPanel / 16; ++k) add_step<false, kM>(s, a ^ (k << 5), b ^ (k << 5));
   } else {
     device::rarely();
     if (kFirst) clear<kM>(s);
 #pragma unroll 1
-    for (int k = 0; 16 * k < width; ++k) add_step<false, kM>(s, x + (a ^ (k << 5)), y + (b ^ (k << 5)));
+    for (int k = 0; 16 * k < width; ++k) add_step<false, kM>(s, a ^ (k << 5), b ^ (k << 5));
   }
 }
 
@@ -100,12 +100,14 @@ struct Walk {
   int own_first, stream_group, group;
   float shift;  // that exp2 takes off; with `online` a row's own lse
   int online;
-  int last, kept_bytes;        // tile to stop at; kept panels that stay
+  int first, last;             // tiles of the stream
+  int last_block, fresh;       // of the own rows, where the kernel takes several; whether this is the first
+  int kept_bytes;              // of panels that stay
   int d, stride, plain_stride; // features; bytes of a row
   int panels, steps;           // of a row, and those that a tile's similarities take
   int extra_bytes, extra_features, out_width;  // from one panel of the gradient to the next; features of a block's gradient
 
-  __device__ Walk(const Operand& own, const Operand& stream, int group, int own_first, int last, bool resident)
+  __device__ Walk(const Operand& own, const Operand& stream, int group, int own_first, int first, int last, bool resident)
       : own(reinterpret_cast<const unsigned char*>(own.scaled + (group * own.padded + own_first) * own.scaled_width())),
         stream(reinterpret_cast<const unsigned char*>(stream.scaled + group % stream.groups * stream.padded * stream.scaled_width())),
         plain(nullptr),
@@ -116,7 +118,10 @@ struct Walk {
         group(group),
         shift(0),
         online(0),
+        first(first),
         last(last),
+        last_block(0),
+        fresh(1),
         kept_bytes(int(resident_bytes(own, resident))),
         d(own.d),
         stride(2 * own.scaled_width()),
@@ -150,7 +155,7 @@ class Ring {
   __device__ static __forceinline__ Walk& walk() { return *reinterpret_cast<Walk*>(device::shared_memory()); }
 
   // Of a walk that the block's threads have met to see.
-  __device__ __forceinline__ explicit Ring(int first) : tile_(first) {
+  __device__ __forceinline__ Ring() : tile_(walk().first) {
     const Walk& w = walk();
     if (!kWide)
       for (int panel = 0; panel < w.panels; ++panel)

@@ -150,6 +150,9 @@ inline unsigned char* shared_memory() {
   return reinterpret_cast<unsigned char*>((at + 127) / 128 * 128);
 }
 
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
+
 // Every lane shows `mine` to its warp; the last one in finds what each gets: f(all, results), arrays of 32. 64 bytes a lane at most.
 template <class R, class T, class F>
 R exchange(const T& mine, const F& f) {
@@ -213,16 +216,16 @@ void copy_wait() {
 }
 
 template <bool kTransposed>
-void load_tiles(uint32_t (&to)[4], const void* row) {
+void load_tiles(uint32_t (&to)[4], SharedAddress row) {
   struct Out {
     uint16_t pair[4][2];
   };
-  const Out out = exchange<Out>(row, [](const void* const* all, Out* results) {
+  const Out out = exchange<Out>(row, [](const SharedAddress* all, Out* results) {
     for (int lane = 0; lane < kWarp; ++lane)
       for (int tile = 0; tile < 4; ++tile)
         for (int k = 0; k < 2; ++k) {
           const int r = kTransposed ? lane % 4 * 2 + k : lane / 4, c = kTransposed ? lane / 4 : lane % 4 * 2 + k;
-          results[lane].pair[tile][k] = static_cast<const uint16_t*>(all[tile * 8 + r])[c];
+          results[lane].pair[tile][k] = reinterpret_cast<const uint16_t*>(all[tile * 8 + r])[c];
         }
   });
   std::memcpy(to, out.pair, sizeof(out.pair));
@@ -259,6 +262,7 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], S) 
   for (int i = 0; i < 4; ++i) d[i] += sum.d[i];
 }
 
+inline int unknown(int x) { return x; }
 inline void rarely() {}
 inline void add_atomic(float* to, float4 value) { to[0] += value.x, to[1] += value.y, to[2] += value.z, to[3] += value.w; }
 inline void add_atomic(float* to, float value) { *to += value; }
