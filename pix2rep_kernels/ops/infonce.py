@@ -75,9 +75,9 @@ def infonce(
         ids_a, ids_b: int64. Rows with equal ids are not each other's negatives; the positive always counts. `ids_b` defaults to `ids_a` when M == N.
         queue: extra negatives for every anchor, shared by the groups, without gradient; "joint" and "forward" only. It is saved for the backward
             pass: pass a clone if it is overwritten before that.
-        precision: of the Triton matrix products, for the others there is one. None: float16 and bfloat16 rows use float16 similarities and bfloat16
+        precision: of the matrix products on a GPU, for the others there is one. None: float16 and bfloat16 rows use float16 similarities and bfloat16
             gradient products; float32 rows follow `torch.get_float32_matmul_precision()` ("highest": "tf32x3", otherwise "fp16").
-            "ieee", "tf32x3", "fp16" name one. Accumulation is float32.
+            "ieee", "tf32x3", "fp16" name one; the CUDA kernels have one way of float32's digits for both of the first. Accumulation is float32.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -92,6 +92,8 @@ def infonce(
     """
     _check(a, b, negatives, positive, valid_a, valid_b, ids_a, ids_b, queue, precision)
     temperature, floor = _temperature(temperature, temperature_floor, a, b)
+    if precision is None and torch.float32 in (a.dtype, b.dtype) and torch.get_float32_matmul_precision() != "highest":
+        precision = "fp16"  # the C++ side cannot ask
     groups, n, m = a.shape[:-2], a.shape[-2], b.shape[-2]
     if n == m:
         valid_b = valid_a if valid_b is None else valid_b
