@@ -39,6 +39,14 @@ def test_layouts_and_groups_give_the_same_bits():
             assert torch.equal(got[0][k : k + 1], alone[0]) and torch.equal(got[1][k : k + 1], alone[1])
 
 
+@pytest.mark.parametrize("negatives, n", [("joint", 1500), ("cross", 4200)])
+def test_parts_of_several_blocks(negatives, n):
+    """Where the parts of the sums hold more than one block of rows each, whose sums add up in the same place."""
+    a, b = rows(n, 8, dtype=torch.float16), rows(n, 8, dtype=torch.float16)
+    losses = infonce(a.to(DEVICE), b.to(DEVICE), temperature=0.2, negatives=negatives, backend="cuda").cpu()
+    assert error([losses], [infonce(a.float(), b.float(), temperature=0.2, negatives=negatives, backend="reference")]) < 1e-3
+
+
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_subsets_of_gradients(needs, negatives):
@@ -124,5 +132,6 @@ def test_arguments():
     for bad, message in (((a.double(), a, tau), "`a` must be float16, bfloat16 or float32"), ((a, a, tau.double()), "`temperature` must be float32")):
         with pytest.raises(RuntimeError, match=message):
             op(*bad, 0.01, "joint", *(None,) * 7)
+    backward, saved = torch.ops.pix2rep_emulated.infonce_backward, (torch.ones(1, 10), torch.ones(1, 10), torch.ones(1, 9))
     with pytest.raises(RuntimeError, match="`lse` must have shape"):
-        torch.ops.pix2rep_emulated.infonce_backward(torch.ones(1, 10), torch.ones(1, 10), torch.ones(1, 9), a, a, tau, 0.01, "joint", *(None,) * 7, *(True,) * 3)
+        backward(*saved, a, a, tau, 0.01, "joint", *(None,) * 7, *(True,) * 3)

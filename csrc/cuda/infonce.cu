@@ -76,15 +76,18 @@ std::vector<Found> negatives(const Problem& problem) {
   return {found[1], found[0]};
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor a, Tensor b, Tensor temperature, double floor, std::string kind, Optional positive, Optional valid_a, Optional valid_b,
-                                   Optional ids_a, Optional ids_b, Optional queue, std::optional<std::string> precision) {
+std::tuple<Tensor, Tensor> forward(Tensor a, Tensor b, Tensor temperature, double floor, std::string kind, Optional positive, Optional valid_a,
+                                   Optional valid_b, Optional ids_a, Optional ids_b, Optional queue, std::optional<std::string> precision) {
   const Problem problem(a, b, temperature, floor, kind, positive, valid_a, valid_b, ids_a, ids_b, queue, precision, false);
   Tensor out = problem.floats({problem.groups, problem.anchors()}), lse = problem.floats({problem.groups, problem.anchors()});
   if (problem.index) torch::stable::fill_(out, NAN), torch::stable::fill_(lse, NAN);  // rows of b that no index names
   if (problem.groups * problem.n == 0) return {out, lse};
   const std::vector<Found> found = negatives(problem);
   Found queued;
-  if (problem.queue_count > 0) queued = sweep(problem, problem.x, problem.queue, Problem::nothing(), false, false)[0], queued.sums.count = std::max<int64_t>(1, queued.sums.count);
+  if (problem.queue_count > 0) {
+    queued = sweep(problem, problem.x, problem.queue, Problem::nothing(), false, false)[0];
+    queued.sums.count = std::max<int64_t>(1, queued.sums.count);  // it is there, with or without parts
+  }
   for (int side = 0; side < problem.sides(); ++side) {
     const View view = problem.view(side);
     problem.launch("infonce losses", &losses, ceil_div(problem.groups * view.count, kRowWarps), kRowThreads, 0, view, found[side].sums, queued.sums,
@@ -99,8 +102,8 @@ struct Multiplied {
   Tensor memory;
 };
 
-Multiplied product(const Problem& problem, const Rows& own, const Rows& stream, const Weights& own_weights, const Weights& stream_weights, const LeftOut& left_out,
-                bool ids, const Extremes& extremes) {
+Multiplied product(const Problem& problem, const Rows& own, const Rows& stream, const Weights& own_weights, const Weights& stream_weights,
+                   const LeftOut& left_out, bool ids, const Extremes& extremes) {
   const int slice = product_slice(own.operand);
   const int64_t slices = ceil_div(own.operand.d, slice), tiles = ceil_div(stream.operand.count, kColumns);
   const int64_t blocks = std::max<int64_t>(1, ceil_div(own.operand.count, kTile) * problem.groups * slices);

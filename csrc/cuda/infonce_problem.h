@@ -40,12 +40,15 @@ struct Problem : InfonceShape {
   Rows x, y, queue;  // "joint" has a and b in x
   int64_t queue_count = 0;
   float too_small;
+  Regime regime;
 
-  Problem(const Tensor& a, const Tensor& b, const Tensor& tau, double floor, const std::string& kind, const OptionalTensor& given, const OptionalTensor& valid_a,
-          const OptionalTensor& valid_b, const OptionalTensor& ids_a, const OptionalTensor& ids_b, const OptionalTensor& queue,
+  Problem(const Tensor& a, const Tensor& b, const Tensor& tau, double floor, const std::string& kind, const OptionalTensor& given,
+          const OptionalTensor& valid_a, const OptionalTensor& valid_b, const OptionalTensor& ids_a, const OptionalTensor& ids_b, const OptionalTensor& queue,
           const std::optional<std::string>& precision, bool gradient)
       : InfonceShape(a, b, tau, kind, given, valid_a, valid_b, ids_a, ids_b, queue), launch(a), a(a), b(b), has_ids(ids_a.has_value()), gradient(gradient) {
-    for (const auto& [tensor, name] : {std::pair{&given, "positive"}, {&valid_a, "valid_a"}, {&valid_b, "valid_b"}, {&ids_a, "ids_a"}, {&ids_b, "ids_b"}, {&queue, "queue"}})
+    const std::pair<const OptionalTensor*, const char*> optional[] = {{&given, "positive"}, {&valid_a, "valid_a"}, {&valid_b, "valid_b"},
+                                                                      {&ids_a, "ids_a"},    {&ids_b, "ids_b"},     {&queue, "queue"}};
+    for (const auto& [tensor, name] : optional)
       if (*tensor) expect_home(**tensor, name);
     expect_home(b, "b"), expect_home(tau, "temperature");
     PIX2REP_EXPECT(tau.scalar_type() == ScalarType::Float, "temperature", "be float32", "scalar type ", int(tau.scalar_type()));
@@ -78,8 +81,6 @@ struct Problem : InfonceShape {
     }
   }
 
-  Regime regime;
-
   bool joint() const { return negatives == Negatives::joint; }
   const Rows& partners() const { return joint() ? x : y; }
 
@@ -104,7 +105,8 @@ struct Problem : InfonceShape {
   Source source(const Tensor& rows, const char* name, const OptionalTensor& order = {}) const {
     const bool grouped = rows.dim() == 3;
     const int64_t axis = rows.dim() - 2;
-    return {rows.data_ptr(), storage_of(rows, name), grouped ? rows.stride(0) : 0, rows.stride(axis), rows.stride(axis + 1), rows.size(axis), int(d), data_or_null<int64_t>(order)};
+    return {rows.data_ptr(),        storage_of(rows, name), grouped ? rows.stride(0) : 0,  rows.stride(axis),
+            rows.stride(axis + 1), rows.size(axis),        int(d), data_or_null<int64_t>(order)};
   }
 
   Tensor floats(std::initializer_list<int64_t> shape) const { return torch::stable::new_empty(a, std::vector<int64_t>(shape), ScalarType::Float); }

@@ -109,7 +109,8 @@ __global__ void extremes(Upstream upstream, const float* lse, int64_t groups, in
 }
 
 // Weights of rows offset .. offset + written, a lane each. g is divided by the group's largest, so that no weight underflows that another does not dwarf.
-__global__ void weights(View view, Upstream upstream, const float* losses, const float* lse, Extremes found, Weights out, Temperature temperature, Regime regime, int64_t written) {
+__global__ void weights(View view, Upstream upstream, const float* losses, const float* lse, Extremes found, Weights out,
+                        Temperature temperature, Regime regime, int64_t written) {
   const int64_t warps = (written + 31) / 32, task = int64_t(blockIdx.x) * kRowWarps + threadIdx.x / 32, group = task / warps;
   if (group >= view.own.groups) return;
   const float largest = largest_of(found.largest, group);

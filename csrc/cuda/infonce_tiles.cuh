@@ -196,16 +196,18 @@ class Ring {
       unsigned char* to = slot();
       if (kExtra == 0 || step_ < w.steps) {
         // Split rows: high by high parts, high by low, low by high.
-        const int panel = !kWide || step_ < 2 * w.panels ? step_ : step_ - 2 * w.panels, kept = !kWide || step_ < w.panels ? step_ : step_ - w.panels;
+        const int panel = !kWide || step_ < 2 * w.panels ? step_ : step_ - 2 * w.panels;
         const int width = kWide ? this->width(step_) : w.d - step_ * kPanel, lane = lane_bytes(w.stride);
-        copy_panel<kThreads, kStreamed>(to, w.stream + (uint32_t(tile_) * uint64_t(uint32_t(kStreamed * w.stride)) + uint32_t(panel * kRowBytes + lane)), w.stride, width);
+        const uint64_t from = uint32_t(tile_) * uint64_t(uint32_t(kStreamed * w.stride)) + uint32_t(panel * kRowBytes + lane);
+        copy_panel<kThreads, kStreamed>(to, w.stream + from, w.stride, width);
+        const int kept = step_ < w.panels ? step_ : step_ - w.panels;
         if (kWide) copy_panel<kThreads, kTile>(to + kStreamed * kRowBytes, w.own + (kept * kRowBytes + lane), w.stride, width);
         if (threadIdx.x < kStreamed / 4 && step_ == w.steps - 1)
           device::copy_async(vector(to) + 4 * threadIdx.x, w.vector + (uint32_t(tile_) * uint64_t(kStreamed) + 4 * threadIdx.x));
       } else {
         const int panel = step_ - w.steps, lane = lane_bytes(w.plain_stride);
-        copy_panel<kThreads, kStreamed>(to, w.plain + (uint32_t(tile_) * uint64_t(uint32_t(kStreamed * w.plain_stride)) + uint32_t(panel * w.extra_bytes + lane)),
-                                        w.plain_stride, w.out_width - panel * w.extra_features);
+        const uint64_t from = uint32_t(tile_) * uint64_t(uint32_t(kStreamed * w.plain_stride)) + uint32_t(panel * w.extra_bytes + lane);
+        copy_panel<kThreads, kStreamed>(to, w.plain + from, w.plain_stride, w.out_width - panel * w.extra_features);
       }
       ++step_;
       if (step_ == w.steps + kExtra) step_ = 0, ++tile_;
