@@ -54,7 +54,7 @@ std::vector<Found> sweep(const Problem& problem, const Rows& own, const Rows& st
   allocate(found[0], own, stream_parts);
   if (both && !triangle) allocate(found[1], stream, own_parts);
   const bool listed = ids || left_out.own_positive || left_out.stream_positive;
-  const bool biased = own.ragged || stream.ragged || problem.regime == Regime::shifted;
+  const bool biased = own.masked || stream.masked || problem.regime == Regime::shifted;
   launch_sums(problem.launch,
               {own.operand, stream.operand, left_out, ids, triangle, found[0].sums.parts, both || triangle ? found.back().sums.parts : nullptr,
                int(own_parts), int(stream_parts), int(part_blocks), int(part_tiles), problem.temperature, problem.regime},

@@ -13,7 +13,7 @@ namespace pix2rep::infonce {
 // `owner` keeps what its pointers name.
 struct Rows {
   Operand operand;
-  bool ragged;  // some row may be padding or invalid
+  bool masked;  // some row may be invalid
   std::vector<Tensor> owner;
 };
 
@@ -123,7 +123,7 @@ struct Problem : InfonceShape {
     operand.groups = count_groups, operand.count = count, operand.padded = padded;
     operand.split = split;
     operand.d = int(std::max<int64_t>(1, ceil_div(d, split ? kPanel : 16)) * (split ? kPanel : 16));
-    rows.ragged = masked || padded > count;
+    rows.masked = masked;
     const auto take = [&](int64_t width, ScalarType type) {
       rows.owner.push_back(torch::stable::new_empty(a, {count_groups, padded, width}, type));
       return rows.owner.back().data_ptr();

@@ -14,7 +14,7 @@ constexpr int kSumThreads = 256;  // 4 x 2 warps of 32 x 64 pairs
 template <bool kWide>
 using SumRing = Ring<kSumThreads, kTile, 3, 0, 9 * kTile, kWide>;
 
-// kBiased: some rows are padding or invalid, or exp2 needs a shift. kListed: single pairs are left out by ids or positives.
+// kBiased: some rows are invalid, or exp2 needs a shift. kListed: single pairs are left out by ids or positives.
 template <bool kBiased, bool kListed, bool kWide>
 __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask task) {
   using Panels = SumRing<kWide>;
@@ -70,6 +70,13 @@ __global__ void __launch_bounds__(kSumThreads, kListed ? 1 : 2) sums(SumsTask ta
       }
       const int ahead = Panels::walk().own_first - tile * kTile;  // of the first column before the first row
       if (task.left_out.touch<kTile, kTile>(ahead)) task.left_out.apply<2>(s, ahead + column - row);
+      if (!kBiased) {
+        const int rows_left = int(stream.count) - tile * kTile, columns_left = int(own.count) - Panels::walk().own_first;
+        if (rows_left < kTile || columns_left < kTile) {
+          device::rarely();
+          each<2>(s, row, column, [&](float& x, int r, int c) { x = r < rows_left && c < columns_left ? x : -INFINITY; });
+        }
+      }
       if (kListed) {
         const Masks masks(task.left_out, own, stream, Panels::walk().group, Panels::walk().stream_group, task.ids);
         masks.apply<false, 2>(s, tile * kTile + row, Panels::walk().own_first + column);

@@ -39,7 +39,7 @@ struct ProductsTask {
   Regime regime;
 };
 
-// biased: some rows are padding or invalid, or exp2 needs a shift. listed: single pairs are left out by ids or positives.
+// biased: some rows are invalid, or exp2 needs a shift. listed: single pairs are left out by ids or positives.
 void launch_sums(const Launch& launch, const SumsTask& task, bool biased, bool listed);
 void launch_online(const Launch& launch, const OnlineTask& task);
 // slice: features that a block accumulates, of product_slice.
