@@ -25,6 +25,20 @@ def test_same_bits_every_time(negatives):
         assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
 
 
+@pytest.mark.skipif(GPU, reason="the emulation chooses the order")
+@pytest.mark.parametrize("precision, temperature", [("fp16", 0.2), ("fp16", 0.01), ("fp16", 0.002), ("tf32x3", 0.2)])
+def test_the_order_of_threads_and_blocks_changes_no_bit(monkeypatch, precision, temperature):
+    """A missing barrier shows where threads run in another order."""
+    for negatives in NEGATIVES:
+        a, b, g = rows(1, 140, 72, dtype=torch.float32), rows(1, 140, 72, dtype=torch.float32), upstream(140, negatives)
+        options = {"negatives": negatives, "precision": precision, "valid_a": torch.rand(1, 140) > 0.2}
+        monkeypatch.delenv("PIX2REP_EMULATE_ORDER", raising=False)
+        first = run("cuda", a, b, temperature, g, **options)
+        for order in ("1", "2"):
+            monkeypatch.setenv("PIX2REP_EMULATE_ORDER", order)
+            assert all(torch.equal(x, y) for x, y in zip(first, run("cuda", a, b, temperature, g, **options), strict=True))
+
+
 def test_layouts_and_groups_give_the_same_bits():
     wide = rows(2, 40, 24, dtype=torch.float32)
     layouts = [wide[:, ::2, 1::3], rows(2, 8, 20, dtype=torch.float32).transpose(1, 2), rows(2, 21, 8, dtype=torch.float32)[:, 1:]]

@@ -195,12 +195,12 @@ class Ring {
     if (tile_ < w.last) {
       unsigned char* to = slot();
       if (kExtra == 0 || step_ < w.steps) {
-        // Split rows: high by high parts, high by low, low by high.
-        const int panel = !kWide || step_ < 2 * w.panels ? step_ : step_ - 2 * w.panels;
+        // Split rows: high by low parts, low by high, and last, for the sum to be small until then, high by high.
+        const int split = w.steps > w.panels ? step_ / w.panels : 2, chunk = step_ - (w.steps > w.panels ? split * w.panels : 0);
+        const int panel = !kWide ? step_ : chunk + (split == 0 ? w.panels : 0), kept = chunk + (split == 1 ? w.panels : 0);
         const int width = kWide ? this->width(step_) : w.d - step_ * kPanel, lane = lane_bytes(w.stride);
         const uint64_t from = uint32_t(tile_) * uint64_t(uint32_t(kStreamed * w.stride)) + uint32_t(panel * kRowBytes + lane);
         copy_panel<kThreads, kStreamed>(to, w.stream + from, w.stride, width);
-        const int kept = step_ < w.panels ? step_ : step_ - w.panels;
         if (kWide) copy_panel<kThreads, kTile>(to + kStreamed * kRowBytes, w.own + (kept * kRowBytes + lane), w.stride, width);
         if (threadIdx.x < kStreamed / 4 && step_ == w.steps - 1)
           device::copy_async(vector(to) + 4 * threadIdx.x, w.vector + (uint32_t(tile_) * uint64_t(kStreamed) + 4 * threadIdx.x));

@@ -1,5 +1,7 @@
 // A GPU on the CPU, for tests: blocks run one after the other, the threads of a block as fibers that hand over at every barrier and warp-wide operation.
-// Shared memory starts as NaN, asynchronous copies land only when they are waited for, a barrier that some threads miss is an error.
+// Shared memory starts as NaN, asynchronous copies poison what they replace at once and land when they are waited for; a barrier
+// that some threads miss is an error.
+// PIX2REP_EMULATE_ORDER=<number> takes threads and blocks in another order each round and lets warps rest: what depends on it lacks a barrier.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -119,13 +121,28 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
   if (__builtin_setjmp(block.home) == 0) setcontext(&fiber.start);
 }
 
+// The k-th of `count` in a round.
+inline int64_t turn(int64_t k, int64_t count, uint64_t order, uint64_t round) {
+  if (order == 0) return k;
+  const uint64_t mixed = (order + round) * 0x9e3779b97f4a7c15u;
+  const int64_t turned = (k + int64_t((mixed >> 33) % uint64_t(count))) % count;
+  return mixed >> 63 ? count - 1 - turned : turned;
+}
+
+// Whether a warp rests this round: for 64 rounds at a time, so that others get ahead of it by as many steps.
+inline bool rests(int warp, uint64_t order, uint64_t round) {
+  return order != 0 && ((order + round / 64) * 0x9e3779b97f4a7c15u * uint64_t(2 * warp + 1) >> 61) < 4;
+}
+
 inline void run(int64_t blocks, int threads, int64_t shared, const std::function<void()>& body) {
   if (int(block.fibers.size()) < threads) block.fibers = std::vector<Fiber>(threads);
   block.warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
   block.body = &body, block.threads = threads;
   gridDim.x = unsigned(blocks), blockDim.x = unsigned(threads);
+  const char* given = std::getenv("PIX2REP_EMULATE_ORDER");
+  const uint64_t order = given ? std::strtoull(given, nullptr, 10) : 0;
   for (int64_t b = 0; b < blocks; ++b) {
-    blockIdx.x = unsigned(b);
+    blockIdx.x = unsigned(turn(b, blocks, order, 0));
     block.shared.assign(size_t(shared) + 128, 0xff);
     block.barrier = {};
     block.finished = 0;
@@ -136,9 +153,9 @@ inline void run(int64_t blocks, int threads, int64_t shared, const std::function
       makecontext(&fiber.start, entry, 0);
       fiber.fresh = true, fiber.done = false, fiber.committed.clear(), fiber.open.clear();
     }
-    while (block.finished < threads)
-      for (int t = 0; t < threads; ++t)
-        if (!block.fibers[t].done) {
+    for (uint64_t round = 1; block.finished < threads; ++round)
+      for (int k = 0; k < threads; ++k)
+        if (const int t = int(turn(k, threads, order, round)); !block.fibers[t].done && !rests(t / kWarp, order, round)) {
           block.current = t, threadIdx.x = unsigned(t);
           resume(block.fibers[t]);
         }
@@ -201,6 +218,7 @@ inline uint32_t pack_bfloat16(float low, float high) {
 inline void copy_async(void* shared, const void* global) {
   Copy copy{shared, {}};
   std::memcpy(copy.bytes, global, 16);
+  std::memset(shared, 0xff, 16);  // from here on it may land at any time
   block.fibers[block.current].open.push_back(copy);
 }
 inline void copy_commit() {
