@@ -99,15 +99,14 @@ def interior(code: Code, panels: int) -> collections.Counter:
 
 def variant(name: str) -> tuple[str, tuple[int, ...]]:
     """Kernel and template arguments of a mangled name."""
-    kernel = re.search(r"infonce\d+([a-z_]+?)(?:I|E)(?=[LN]|v|\d|$)", name)
     arguments = re.search(r"I((?:L[bi]\d+E)+)E", name)
     kernel = re.match(r"_ZN7pix2rep7infonce(\d+)(\w+)", name)
     return kernel[2][: int(kernel[1])], tuple(int(n) for n in re.findall(r"L[bi](\d+)E", arguments[1])) if arguments else ()
 
 
-def rows(archs=ARCHS) -> list[dict]:
+def rows(archs=ARCHS, sources=SOURCES) -> list[dict]:
     """One row a kernel and chip; for the sweeps one a width of rows, with its costs a pair."""
-    jobs = [(source, arch) for arch in archs for source in SOURCES]
+    jobs = [(source, arch) for arch in archs for source in sources]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         compiled = list(pool.map(lambda job: compile_source(*job), jobs))
     found = []
