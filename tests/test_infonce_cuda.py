@@ -149,3 +149,16 @@ def test_arguments():
     backward, saved = torch.ops.pix2rep_emulated.infonce_backward, (torch.ones(1, 10), torch.ones(1, 10), torch.ones(1, 9))
     with pytest.raises(RuntimeError, match="`lse` must have shape"):
         backward(*saved, a, a, tau, 0.01, "joint", *(None,) * 7, *(True,) * 3)
+
+
+def test_precision_follows_the_setting():
+    a, b, g = rows(1, 30, 8, dtype=torch.float32), rows(1, 30, 8, dtype=torch.float32), upstream(30, "joint")
+    named = {precision: run("cuda", a, b, 0.2, g, precision=precision) for precision in ("fp16", "tf32x3")}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, precision in (("highest", "tf32x3"), ("high", "fp16"), ("medium", "fp16")):
+            torch.set_float32_matmul_precision(setting)
+            assert all(torch.equal(x, y) for x, y in zip(run("cuda", a, b, 0.2, g), named[precision], strict=True))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not torch.equal(named["fp16"][0], named["tf32x3"][0])

@@ -92,8 +92,6 @@ def infonce(
     """
     _check(a, b, negatives, positive, valid_a, valid_b, ids_a, ids_b, queue, precision)
     temperature, floor = _temperature(temperature, temperature_floor, a, b)
-    if precision is None and torch.float32 in (a.dtype, b.dtype) and torch.get_float32_matmul_precision() != "highest":
-        precision = "fp16"  # the C++ side cannot ask
     groups, n, m = a.shape[:-2], a.shape[-2], b.shape[-2]
     if n == m:
         valid_b = valid_a if valid_b is None else valid_b
@@ -169,6 +167,14 @@ def compute_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
 
 
+def _settle(inputs: list) -> None:
+    """The precision of float32 rows that PyTorch's setting allows, which C++ cannot ask for."""
+    at = 11 if isinstance(inputs[4], str) else 14  # the backward pass has three tensors before the same inputs
+    a, b = inputs[at - 11], inputs[at - 10]
+    if inputs[at] is None and torch.float32 in (a.dtype, b.dtype) and torch.get_float32_matmul_precision() != "highest":
+        inputs[at] = "fp16"
+
+
 def _fake(a, b, temperature, temperature_floor, negatives, *rest):
     anchors = a.shape[1] * (1 if negatives == "forward" else 2)
     losses = a.new_empty((a.shape[0], anchors), dtype=compute_dtype(a, b))
@@ -201,4 +207,4 @@ def _backward(ctx, grad_losses, grad_lse):
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 10
 
 
-register(SCHEMA, BACKWARD_SCHEMA, fake=_fake, backward_fake=_backward_fake, setup_context=_setup_context, backward=_backward)
+register(SCHEMA, BACKWARD_SCHEMA, fake=_fake, backward_fake=_backward_fake, setup_context=_setup_context, backward=_backward, settle=_settle)
