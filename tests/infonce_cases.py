@@ -1,4 +1,4 @@
-"""Small cases of infonce for kernels that run interpreted: every option, every way to keep exp2 in range, the edges of the blocks."""
+"""Small cases of infonce for kernels that run interpreted or emulated: every option, every way to keep exp2 in range, the edges of the blocks."""
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ DEFAULTS = {
     "precision": "ieee",
 }
 
-TRITON_CASES = [
+SMALL_CASES = [
     *({"negatives": negatives} for negatives in ("joint", "cross", "forward")),
     {"n": 1},
     {"n": 64, "d": 16, "precision": "fp16"},
@@ -62,6 +62,20 @@ TRITON_CASES = [
     {"n": 260, "d": 16, "precision": "fp16"},
     {"n": 260, "d": 16, "negatives": "cross", "precision": "fp16"},
     {"n": 260, "m": 150, "d": 16, "negatives": "forward", "queue": 200, "positive": "repeated", "temperature": 0.01},
+]
+
+# What only the CUDA kernels tell apart: every width of their gradient products with and without lists, tiles without padding, several blocks of a part.
+CUDA_CASES = [
+    *({"n": 64, "d": d, "precision": "fp16"} for d in (32, 48, 64, 96, 128, 160, 256, 272)),
+    *({"n": 40, "d": d, "precision": "fp16", "ids": 9, "valid": True, "negatives": "cross"} for d in (24, 64, 128, 200, 300)),
+    *({"n": 40, "d": d, "precision": "fp16", "temperature": 0.01, "queue": 70} for d in (24, 64, 128, 200, 300)),
+    *({"n": 40, "d": d, "precision": "fp16", "temperature": 0.002, "negatives": "cross"} for d in (64, 200)),
+    {"n": 128, "d": 64, "precision": "fp16", "negatives": "cross"},
+    {"n": 192, "d": 64, "precision": "fp16"},
+    {"n": 192, "d": 64, "precision": "fp16", "valid": True, "temperature": 0.01},
+    {"n": 256, "m": 384, "d": 16, "precision": "fp16", "negatives": "forward", "queue": 256},
+    {"n": 150, "m": 300, "d": 16, "precision": "fp16", "negatives": "forward", "positive": "repeated", "valid": True, "groups": 2},
+    {"n": 4300, "d": 8, "precision": "fp16", "negatives": "forward", "m": 130, "positive": "repeated"},
 ]
 
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from pix2rep_kernels import infonce
 from pix2rep_kernels.testing import backends, error, poisoned, tolerance
 
-FAST = [b for b in backends("infonce") if b != "triton" or torch.cuda.is_available()]  # interpreted kernels have a table of their own
+GPU = torch.cuda.is_available()
+FAST = [b for b in backends("infonce") if b not in ("triton", "cuda")]  # kernels that run interpreted or emulated have a table of their own
+SMALL = sorted({*backends("infonce"), *(backends("infonce", "cuda") if GPU else ())} - {"reference"})
 NEGATIVES = ("joint", "cross", "forward")
 
 
@@ -30,20 +32,22 @@ def options(kind, groups, n, d, negatives, dtype=torch.float64):
 
 def run(backend, a, b, tau, upstream, **kw):
     """losses, grad_a, grad_b, grad_temperature."""
-    a, b = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
+    device = "cuda" if GPU and backend in ("triton", "cuda") else "cpu"
+    a, b = a.detach().to(device, copy=True).requires_grad_(), b.detach().to(device, copy=True).requires_grad_()
     compute = torch.float64 if a.dtype == torch.float64 else torch.float32
-    tau = torch.tensor(tau, dtype=compute, requires_grad=True)
+    tau = torch.tensor(tau, dtype=compute, device=device, requires_grad=True)
+    kw = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kw.items()}
     with poisoned():
         losses = infonce(a, b, temperature=tau, backend=backend, **kw)
-        losses.backward(upstream.to(losses.dtype))
-    return losses, a.grad, b.grad, tau.grad
+        losses.backward(upstream.to(losses))
+    return losses.cpu(), a.grad.cpu(), b.grad.cpu(), tau.grad.cpu()
 
 
 def check(backend, a, b, tau, negatives, dtype, narrow=False, floor=1e-4, **kw):
     """Compare one backend with the float64 reference on the same rounded inputs; the allowance is PyTorch's own error at that precision, doubled.
 
     Added to it is the rounding of one similarity, eps |a||b| / tau: PyTorch's own error can be luckily smaller on few rows. In float64 PyTorch is the
-    truth, so there it is the bound of a dot product, D times as much. `narrow`: the similarities are float16 products and the gradients bfloat16 ones,
+    truth, so there it is the bound of a dot product, D times as much. `narrow`: similarities are float16 products and the gradients bfloat16 ones,
     so PyTorch's own error is that of rows rounded likewise.
     The temperature's gradient is -<dx, x>/tau, so Cauchy-Schwarz carries the rows' allowance over to it.
     """

@@ -7,15 +7,14 @@
 #include <tuple>
 #include <unordered_map>
 
-#include "../common/check.h"
-#include "../common/view.h"
+#include "../common/infonce_arguments.h"
 #include "infonce_solve.h"
 #include "parallel.h"
 
 namespace pix2rep {
 namespace {
 
-using Optional = std::optional<Tensor>;
+using Optional = OptionalTensor;
 
 struct SerialParallel {
   int64_t workers() const { return 1; }
@@ -58,32 +57,22 @@ RowSink<T> row_sink(const Tensor& tensor, const char* name, int64_t group) {
 }
 
 // The arguments shared by both passes; vectors are made contiguous, ids renumbered to int32.
-struct Arguments {
+struct Arguments : InfonceShape {
   Tensor a, b;
-  Negatives negatives;
   Optional positive, valid_a, valid_b, queue;
   std::vector<int32_t> id_a, id_b;
   double tau;
-  bool at_floor;
-  int64_t groups, n, m, d;
-  bool is_double;
+  bool at_floor, is_double;
 
   Arguments(const Tensor& a, const Tensor& b, const Tensor& temperature, double floor, const std::string& kind, const Optional& positive,
             const Optional& valid_a, const Optional& valid_b, const Optional& ids_a, const Optional& ids_b, const Optional& queue)
-      : a(a), b(b), positive(contiguous(positive)), valid_a(contiguous(valid_a)), valid_b(contiguous(valid_b)), queue(queue) {
-    PIX2REP_EXPECT(a.dim() == 3, "a", "have shape [G, N, D]", a.dim(), " axes");
-    PIX2REP_EXPECT(b.dim() == 3 && b.size(0) == a.size(0) && b.size(2) == a.size(2), "b", "have shape [G, M, D] with a's G and D", b.dim(), " axes");
-    PIX2REP_EXPECT(kind == "joint" || kind == "cross" || kind == "forward", "negatives", "be 'joint', 'cross' or 'forward'", kind);
-    negatives = kind == "joint" ? Negatives::joint : kind == "cross" ? Negatives::cross : Negatives::forward;
-    groups = a.size(0), n = a.size(1), m = b.size(1), d = a.size(2);
-    PIX2REP_EXPECT(negatives == Negatives::forward || n == m, "b", "have a's N rows unless negatives is 'forward'", m);
-    PIX2REP_EXPECT(n + m < (int64_t(1) << 31), "a", "have N + M < 2^31 rows a group", n + m);
-    expect_vector(positive, "positive", n, ScalarType::Long);
-    expect_vector(valid_a, "valid_a", n, ScalarType::Bool), expect_vector(valid_b, "valid_b", m, ScalarType::Bool);
-    expect_vector(ids_a, "ids_a", n, ScalarType::Long), expect_vector(ids_b, "ids_b", m, ScalarType::Long);
-    PIX2REP_EXPECT(ids_a.has_value() == ids_b.has_value(), "ids_b", "be given with ids_a, and only with it", ids_b ? "one" : "none");
-    PIX2REP_EXPECT(positive || n <= m, "positive", "be given where a has more rows than b", "none");
-    PIX2REP_EXPECT(!queue || (queue->dim() == 2 && queue->size(1) == d), "queue", "have shape [Q, D]", queue ? queue->dim() : 0, " axes");
+      : InfonceShape(a, b, temperature, kind, positive, valid_a, valid_b, ids_a, ids_b, queue),
+        a(a),
+        b(b),
+        positive(contiguous(positive)),
+        valid_a(contiguous(valid_a)),
+        valid_b(contiguous(valid_b)),
+        queue(queue) {
     is_double = a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double;
     const double given = with_float_type(temperature.scalar_type(), "temperature", [&](auto zero) { return double(*data<decltype(zero)>(temperature)); });
     const double least = temperature.scalar_type() == ScalarType::Float ? double(float(floor)) : floor;
@@ -111,14 +100,6 @@ struct Arguments {
   }
 
  private:
-  static Optional contiguous(const Optional& t) { return t ? Optional(torch::stable::contiguous(*t)) : t; }
-
-  void expect_vector(const Optional& t, const char* name, int64_t count, ScalarType type) const {
-    if (!t) return;
-    PIX2REP_EXPECT(t->dim() == 2 && t->size(0) == groups && t->size(1) == count, name, "have one entry a row", t->numel(), " entries");
-    PIX2REP_EXPECT(t->scalar_type() == type, name, "be bool (valid_*) or int64 (positive, ids_*)", "scalar type ", int(t->scalar_type()));
-  }
-
   void check_positive() const {
     if (!positive) return;
     const int64_t* p = data<int64_t>(*positive);
@@ -151,7 +132,7 @@ auto with_compute_type(bool is_double, F&& f) {
 std::tuple<Tensor, Tensor> infonce(Tensor a, Tensor b, Tensor temperature, double temperature_floor, std::string negatives, Optional positive,
                                    Optional valid_a, Optional valid_b, Optional ids_a, Optional ids_b, Optional queue, std::optional<std::string>) {
   const Arguments in(a, b, temperature, temperature_floor, negatives, positive, valid_a, valid_b, ids_a, ids_b, queue);
-  const int64_t anchors = in.negatives == Negatives::forward ? in.n : 2 * in.n;
+  const int64_t anchors = in.anchors();
   const auto type = in.is_double ? ScalarType::Double : ScalarType::Float;
   Tensor losses = torch::stable::new_empty(a, {in.groups, anchors}, type), lse = torch::stable::new_empty(a, {in.groups, anchors}, type);
   with_compute_type(in.is_double, [&](auto zero) {
@@ -168,7 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> infonce_backward(Tensor grad_losses, Tensor l
                                                     Optional valid_b, Optional ids_a, Optional ids_b, Optional queue, std::optional<std::string>,
                                                     bool need_a, bool need_b, bool need_temperature) {
   const Arguments in(a, b, temperature, temperature_floor, negatives, positive, valid_a, valid_b, ids_a, ids_b, queue);
-  const int64_t anchors = losses.size(1);
+  const int64_t anchors = in.anchors();
+  in.expect_saved(grad_losses, "grad_losses"), in.expect_saved(losses, "losses"), in.expect_saved(lse, "lse");
   const auto zeros = [](const Tensor& like, bool need) {
     return need ? torch::stable::new_zeros(like, {like.size(0), like.size(1), like.size(2)}) : torch::stable::new_empty(like, {0});
   };
@@ -195,10 +177,6 @@ std::tuple<Tensor, Tensor, Tensor> infonce_backward(Tensor grad_losses, Tensor l
 }
 
 }  // namespace
-
-#define PIX2REP_INFONCE_INPUTS                                                                                                       \
-  "Tensor a, Tensor b, Tensor temperature, float temperature_floor, str negatives, Tensor? positive, Tensor? valid_a, Tensor? valid_b, " \
-  "Tensor? ids_a, Tensor? ids_b, Tensor? queue, str? precision"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pix2rep_native, m) {
   m.def("infonce(" PIX2REP_INFONCE_INPUTS ") -> (Tensor losses, Tensor lse)");

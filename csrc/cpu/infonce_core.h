@@ -11,13 +11,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "../common/negatives.h"
 #include "infonce_kernels.h"
 #include "isa.h"
 #include "schedule.h"
 
 namespace pix2rep {
-
-enum class Negatives { joint, cross, forward };
 
 // Strided rows of any storage type, read as T.
 template <class T>

@@ -17,9 +17,21 @@ namespace pix2rep::device {
 extern __shared__ __align__(128) unsigned char shared_bytes[];
 __device__ __forceinline__ unsigned char* shared_memory() { return shared_bytes; }
 
+// Where something lies in shared memory; a multiple of 128 plus less may be taken apart by bits.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
+
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+__device__ __forceinline__ uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+
+__device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; results below 2^-126 are 0
@@ -28,10 +40,9 @@ __device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; results below 2
   return y;
 }
 
-// 16 bytes from global to shared memory, or zeros; done after a commit and a wait.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool present) {
-  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(present ? 16 : 0) : "memory");
+// 16 bytes from global to shared memory; done after a commit and a wait.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -41,12 +52,17 @@ __device__ __forceinline__ void copy_wait() {
 
 // Four 8 x 8 tiles of 16-bit values: lane l names row l % 8 of tile l / 8, and gets two neighbours of row l / 4 of each (of column l / 4 when transposed).
 template <bool kTransposed>
-__device__ __forceinline__ void load_tiles(uint32_t (&to)[4], const void* row) {
-  const uint32_t from = uint32_t(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void load_tiles(uint32_t (&to)[4], SharedAddress from) {
   if constexpr (kTransposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
   else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
 }
 
 // d += a b of 16 x 16 and 16 x 8, fragments as the PTX manual lays out mma.m16n8k16.
@@ -70,6 +86,19 @@ __device__ __forceinline__ void add_atomic(float* to, float4 value) {
 #endif
 }
 __device__ __forceinline__ void add_atomic(float* to, float value) { atomicAdd(to, value); }
+
+// x, which the compiler must not know: what is computed from it is not kept in registers across a loop.
+__device__ __forceinline__ int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Marks code that tiles in the interior do not run, for benchmarks/cuda_static.py to leave out of its count.
+__device__ __forceinline__ void rarely() {
+#ifdef PIX2REP_STATIC
+  asm volatile("pmevent 0;");
+#endif
+}
 
 }  // namespace pix2rep::device
 #endif

@@ -75,9 +75,9 @@ def infonce(
         ids_a, ids_b: int64. Rows with equal ids are not each other's negatives; the positive always counts. `ids_b` defaults to `ids_a` when M == N.
         queue: extra negatives for every anchor, shared by the groups, without gradient; "joint" and "forward" only. It is saved for the backward
             pass: pass a clone if it is overwritten before that.
-        precision: of the Triton matrix products, for the others there is one. None: float16 and bfloat16 rows use float16 similarities and bfloat16
+        precision: of the matrix products on a GPU, for the others there is one. None: float16 and bfloat16 rows use float16 similarities and bfloat16
             gradient products; float32 rows follow `torch.get_float32_matmul_precision()` ("highest": "tf32x3", otherwise "fp16").
-            "ieee", "tf32x3", "fp16" name one. Accumulation is float32.
+            "ieee", "tf32x3", "fp16" name one; the CUDA kernels have one way of float32's digits for both of the first. Accumulation is float32.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -167,6 +167,14 @@ def compute_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
 
 
+def _settle(inputs: list) -> None:
+    """The precision of float32 rows that PyTorch's setting allows, which C++ cannot ask for."""
+    at = 11 if isinstance(inputs[4], str) else 14  # the backward pass has three tensors before the same inputs
+    a, b = inputs[at - 11], inputs[at - 10]
+    if inputs[at] is None and torch.float32 in (a.dtype, b.dtype) and torch.get_float32_matmul_precision() != "highest":
+        inputs[at] = "fp16"
+
+
 def _fake(a, b, temperature, temperature_floor, negatives, *rest):
     anchors = a.shape[1] * (1 if negatives == "forward" else 2)
     losses = a.new_empty((a.shape[0], anchors), dtype=compute_dtype(a, b))
@@ -199,4 +207,4 @@ def _backward(ctx, grad_losses, grad_lse):
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 10
 
 
-register(SCHEMA, BACKWARD_SCHEMA, fake=_fake, backward_fake=_backward_fake, setup_context=_setup_context, backward=_backward)
+register(SCHEMA, BACKWARD_SCHEMA, fake=_fake, backward_fake=_backward_fake, setup_context=_setup_context, backward=_backward, settle=_settle)

@@ -1,7 +1,10 @@
 // A GPU on the CPU, for tests: blocks run one after the other, the threads of a block as fibers that hand over at every barrier and warp-wide operation.
-// Shared memory starts as NaN, asynchronous copies land only when they are waited for, a barrier that some threads miss is an error.
+// Shared memory starts as NaN, asynchronous copies poison what they replace at once and land when they are waited for; a barrier
+// that some threads miss is an error.
+// PIX2REP_EMULATE_ORDER=<number> takes threads and blocks in another order each round and lets warps rest: what depends on it lacks a barrier.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -41,6 +44,7 @@ inline Dim3 blockIdx, gridDim, blockDim, threadIdx;
 namespace pix2rep::device {
 
 constexpr int kWarp = 32;
+constexpr size_t kStack = 64 * 1024;
 
 struct Barrier {
   int waiting = 0;
@@ -53,9 +57,10 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done = false;
+  void* place[5];  // of __builtin_setjmp: the C library's keeps a signal mask, a system call each time
+  ucontext_t start;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  bool fresh = true, done = false;
   std::deque<std::vector<Copy>> committed;
   std::vector<Copy> open;
 };
@@ -70,25 +75,25 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;
   Barrier barrier;
-  ucontext_t home;
-  int current = 0, finished = 0;
+  void* home[5];
+  int threads = 0, current = 0, finished = 0;
   const std::function<void()>* body = nullptr;
 };
 
 inline Block block;
 
-inline void yield() {
-  const int self = block.current;
-  swapcontext(&block.fibers[self].context, &block.home);
-  threadIdx.x = unsigned(self);
+// Leave for `to`; returns when somebody comes back to `from`.
+__attribute__((noinline)) inline void jump(void** to) { __builtin_longjmp(to, 1); }
+__attribute__((noinline)) inline void change(void** from, void** to) {
+  if (__builtin_setjmp(from) == 0) jump(to);
 }
 
-inline void arrive(Barrier& barrier, int count) {
+inline void yield() { change(block.fibers[block.current].place, block.home); }
+
+// True for the last of `count` to arrive, who lets the others go with release().
+inline bool arrive(Barrier& barrier, int count) {
   const int64_t round = barrier.round;
-  if (++barrier.waiting == count) {
-    barrier.waiting = 0, ++barrier.round;
-    return;
-  }
+  if (++barrier.waiting == count) return true;
   while (barrier.round == round) {
     if (block.finished > 0 && count > kWarp) {
       std::fputs("emulate: a thread left before a barrier that others wait at\n", stderr);
@@ -96,37 +101,63 @@ inline void arrive(Barrier& barrier, int count) {
     }
     yield();
   }
+  return false;
+}
+inline void release(Barrier& barrier) { barrier.waiting = 0, ++barrier.round; }
+inline void meet(Barrier& barrier, int count) {
+  if (arrive(barrier, count)) release(barrier);
 }
 
 inline void entry() {
   (*block.body)();
   block.fibers[block.current].done = true;
   ++block.finished;
-  swapcontext(&block.fibers[block.current].context, &block.home);
+  jump(block.home);
+}
+
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  if (!fiber.fresh) return change(block.home, fiber.place);
+  fiber.fresh = false;
+  if (__builtin_setjmp(block.home) == 0) setcontext(&fiber.start);
+}
+
+// The k-th of `count` in a round.
+inline int64_t turn(int64_t k, int64_t count, uint64_t order, uint64_t round) {
+  if (order == 0) return k;
+  const uint64_t mixed = (order + round) * 0x9e3779b97f4a7c15u;
+  const int64_t turned = (k + int64_t((mixed >> 33) % uint64_t(count))) % count;
+  return mixed >> 63 ? count - 1 - turned : turned;
+}
+
+// Whether a warp rests this round: for 64 rounds at a time, so that others get ahead of it by as many steps.
+inline bool rests(int warp, uint64_t order, uint64_t round) {
+  return order != 0 && ((order + round / 64) * 0x9e3779b97f4a7c15u * uint64_t(2 * warp + 1) >> 61) < 4;
 }
 
 inline void run(int64_t blocks, int threads, int64_t shared, const std::function<void()>& body) {
-  block.fibers = std::vector<Fiber>(threads);
+  if (int(block.fibers.size()) < threads) block.fibers = std::vector<Fiber>(threads);
   block.warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
-  block.body = &body;
+  block.body = &body, block.threads = threads;
   gridDim.x = unsigned(blocks), blockDim.x = unsigned(threads);
-  for (Fiber& fiber : block.fibers) fiber.stack.reset(new char[128 * 1024]);
+  const char* given = std::getenv("PIX2REP_EMULATE_ORDER");
+  const uint64_t order = given ? std::strtoull(given, nullptr, 10) : 0;
   for (int64_t b = 0; b < blocks; ++b) {
-    blockIdx.x = unsigned(b);
+    blockIdx.x = unsigned(turn(b, blocks, order, 0));
     block.shared.assign(size_t(shared) + 128, 0xff);
     block.barrier = {};
     block.finished = 0;
-    for (Fiber& fiber : block.fibers) {
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = 128 * 1024, fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, entry, 0);
-      fiber.done = false, fiber.committed.clear(), fiber.open.clear();
+    for (int t = 0; t < threads; ++t) {
+      Fiber& fiber = block.fibers[t];
+      getcontext(&fiber.start);
+      fiber.start.uc_stack.ss_sp = fiber.stack.get(), fiber.start.uc_stack.ss_size = kStack, fiber.start.uc_link = nullptr;
+      makecontext(&fiber.start, entry, 0);
+      fiber.fresh = true, fiber.done = false, fiber.committed.clear(), fiber.open.clear();
     }
-    while (block.finished < threads)
-      for (int t = 0; t < threads; ++t)
-        if (!block.fibers[t].done) {
+    for (uint64_t round = 1; block.finished < threads; ++round)
+      for (int k = 0; k < threads; ++k)
+        if (const int t = int(turn(k, threads, order, round)); !block.fibers[t].done && !rests(t / kWarp, order, round)) {
           block.current = t, threadIdx.x = unsigned(t);
-          swapcontext(&block.home, &block.fibers[t].context);
+          resume(block.fibers[t]);
         }
   }
 }
@@ -136,27 +167,42 @@ inline unsigned char* shared_memory() {
   return reinterpret_cast<unsigned char*>((at + 127) / 128 * 128);
 }
 
-// Every lane shows `mine` to the warp; f(all) runs once all have. 64 bytes a lane at most.
-template <class T, class R, class F>
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
+
+// Every lane shows `mine` to its warp; the last one in finds what each gets: f(all, results), arrays of 32. 64 bytes a lane at most.
+template <class R, class T, class F>
 R exchange(const T& mine, const F& f) {
   static_assert(sizeof(T) <= 64 && sizeof(R) <= 64);
   const int lane = block.current % kWarp;
   Warp& warp = block.warps[block.current / kWarp];
   std::memcpy(warp.in[lane], &mine, sizeof(T));
-  arrive(warp.barrier, kWarp);
-  const auto get = [&](int from) {
-    T value;
-    std::memcpy(&value, warp.in[from], sizeof(T));
-    return value;
-  };
-  R result = f(get, lane);
-  arrive(warp.barrier, kWarp);
+  if (arrive(warp.barrier, kWarp)) {
+    T all[kWarp];
+    R results[kWarp];
+    for (int l = 0; l < kWarp; ++l) std::memcpy(&all[l], warp.in[l], sizeof(T));
+    f(all, results);
+    for (int l = 0; l < kWarp; ++l) std::memcpy(warp.out[l], &results[l], sizeof(R));
+    release(warp.barrier);
+  }
+  R result;
+  std::memcpy(&result, warp.out[lane], sizeof(R));
   return result;
 }
 
 template <class T>
 T shuffle_xor(T value, int mask) {
-  return exchange<T, T>(value, [&](const auto& get, int lane) { return get(lane ^ mask); });
+  return exchange<T>(value, [&](const T* all, T* results) {
+    for (int lane = 0; lane < kWarp; ++lane) results[lane] = all[lane ^ mask];
+  });
+}
+
+inline uint32_t ballot(bool vote) {
+  return exchange<uint32_t>(vote, [](const bool* all, uint32_t* results) {
+    uint32_t votes = 0;
+    for (int lane = 0; lane < kWarp; ++lane) votes |= uint32_t(all[lane]) << lane;
+    for (int lane = 0; lane < kWarp; ++lane) results[lane] = votes;
+  });
 }
 
 inline float exp2_fast(float x) {
@@ -164,9 +210,15 @@ inline float exp2_fast(float x) {
   return y < 1.17549435e-38f ? 0.0f : y;
 }
 
-inline void copy_async(void* shared, const void* global, bool present) {
+inline uint32_t pack_bfloat16(float low, float high) {
+  const torch::headeronly::BFloat16 l(low), h(high);
+  return uint32_t(l.x) | uint32_t(h.x) << 16;
+}
+
+inline void copy_async(void* shared, const void* global) {
   Copy copy{shared, {}};
-  if (present) std::memcpy(copy.bytes, global, 16);
+  std::memcpy(copy.bytes, global, 16);
+  std::memset(shared, 0xff, 16);  // from here on it may land at any time
   block.fibers[block.current].open.push_back(copy);
 }
 inline void copy_commit() {
@@ -182,53 +234,54 @@ void copy_wait() {
 }
 
 template <bool kTransposed>
-void load_tiles(uint32_t (&to)[4], const void* row) {
+void load_tiles(uint32_t (&to)[4], SharedAddress row) {
   struct Out {
-    uint32_t r[4];
+    uint16_t pair[4][2];
   };
-  const Out out = exchange<const void*, Out>(row, [&](const auto& get, int lane) {
-    Out found;
-    for (int tile = 0; tile < 4; ++tile) {
-      uint16_t pair[2];
-      for (int k = 0; k < 2; ++k) {
-        const int r = kTransposed ? lane % 4 * 2 + k : lane / 4, c = kTransposed ? lane / 4 : lane % 4 * 2 + k;
-        pair[k] = static_cast<const uint16_t*>(get(tile * 8 + r))[c];
-      }
-      found.r[tile] = uint32_t(pair[0]) | uint32_t(pair[1]) << 16;
-    }
-    return found;
+  const Out out = exchange<Out>(row, [](const SharedAddress* all, Out* results) {
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int tile = 0; tile < 4; ++tile)
+        for (int k = 0; k < 2; ++k) {
+          const int r = kTransposed ? lane % 4 * 2 + k : lane / 4, c = kTransposed ? lane / 4 : lane % 4 * 2 + k;
+          results[lane].pair[tile][k] = reinterpret_cast<const uint16_t*>(all[tile * 8 + r])[c];
+        }
   });
-  std::memcpy(to, out.r, sizeof(out.r));
+  std::memcpy(to, out.pair, sizeof(out.pair));
 }
 
+// Fragments of m16n8k16: lane l has row l / 4 and l / 4 + 8 of a, column l / 4 of b, each at k = 2 (l % 4), one more, and 8 more.
 template <class S>
 void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], S) {
   struct In {
-    uint32_t a[4], b[2];
-  } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    uint16_t a[4][2], b[2][2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof(mine.a)), std::memcpy(mine.b, b, sizeof(mine.b));
   struct Out {
     float d[4];
   };
-  const auto half = [](uint32_t pair, int k) {
-    const uint16_t bits = uint16_t(pair >> (16 * k));
-    S value;
-    std::memcpy(&value, &bits, 2);
-    return float(value);
-  };
-  const Out sum = exchange<In, Out>(mine, [&](const auto& get, int lane) {
-    Out out{};
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; ++k) {
-        const int ra = (row % 8) * 4 + (k % 8) / 2, rb = column * 4 + (k % 8) / 2;
-        out.d[i] += half(get(ra).a[row / 8 + 2 * (k / 8)], k % 2) * half(get(rb).b[k / 8], k % 2);
+  const Out sum = exchange<Out>(mine, [](const In* all, Out* results) {
+    const auto wide = [](uint16_t bits) {
+      S value;
+      std::memcpy(&value, &bits, 2);
+      return float(value);
+    };
+    float x[16][16], y[16][8], product[16][8] = {};
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int k = 0; k < 2; ++k) {
+        for (int i = 0; i < 4; ++i) x[lane / 4 + i % 2 * 8][lane % 4 * 2 + k + i / 2 * 8] = wide(all[lane].a[i][k]);
+        for (int i = 0; i < 2; ++i) y[lane % 4 * 2 + k + i * 8][lane / 4] = wide(all[lane].b[i][k]);
       }
-    }
-    return out;
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 16; ++k)
+        for (int j = 0; j < 8; ++j) product[i][j] += x[i][k] * y[k][j];
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int i = 0; i < 4; ++i) results[lane].d[i] = product[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   });
   for (int i = 0; i < 4; ++i) d[i] += sum.d[i];
 }
 
+inline int unknown(int x) { return x; }
+inline void rarely() {}
 inline void add_atomic(float* to, float4 value) { to[0] += value.x, to[1] += value.y, to[2] += value.z, to[3] += value.w; }
 inline void add_atomic(float* to, float value) { *to += value; }
 
@@ -244,5 +297,6 @@ inline float __int_as_float(int bits) {
 }
 using std::fabs;
 
-inline void __syncthreads() { pix2rep::device::arrive(pix2rep::device::block.barrier, int(blockDim.x)); }
-inline void __syncwarp(unsigned = 0) { pix2rep::device::arrive(pix2rep::device::block.warps[threadIdx.x / 32].barrier, 32); }
+inline void __syncthreads() { pix2rep::device::meet(pix2rep::device::block.barrier, int(blockDim.x)); }
+inline void __syncwarp(unsigned = 0) { pix2rep::device::meet(pix2rep::device::block.warps[threadIdx.x / 32].barrier, 32); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
