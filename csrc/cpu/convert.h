@@ -28,7 +28,7 @@ static inline V widen_bits(W bits, F16) {
   out *= 0x1p112f;  // moves the exponent's bias, exact for denormals too
   W wide;
   std::memcpy(&wide, &out, sizeof(out));
-  const W special = (bits & 0x7c00) == 0x7c00 ? W{} + 0x7f800000u : W{};  // inf and NaN keep their exponent
+  const W special = magnitude >= 0x0f800000u ? W{} + 0x7f800000u : W{};  // inf and NaN keep their exponent; in 16 bits this would be slower
   wide |= special | (bits & 0x8000) << 16;
   std::memcpy(&out, &wide, sizeof(out));
   return out;
