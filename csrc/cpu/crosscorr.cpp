@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_sum_x, Tensor grad_sum_y, Tensor
                  grad_product.dim(), " axes and ", grad_product.numel(), " entries");
   grad_product = in.typed(grad_product, "grad_product");
   const auto make = [&](const Tensor& like, bool need) {
-    return need ? torch::stable::new_empty(like, {in.n, like.size(1)}) : torch::stable::new_empty(like, {0});
+    return prepared(need ? torch::stable::new_empty(like, {in.n, like.size(1)}) : torch::stable::new_empty(like, {0}));
   };
   const Tensor grad_x = make(x, need_x), grad_y = make(y, need_y);
   if (in.n == 0 || !(need_x || need_y)) return {grad_x, grad_y};

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_cc, Tensor i, Tensor j, int64_t 
   LnccProblem p = problem_of(i, j, window, eps);
   PIX2REP_EXPECT(shape_of(grad_cc) == shape_of(i), "grad_cc", "have the shape of i", grad_cc.dim(), " axes");
   p.grad_cc = map_of(grad_cc, "grad_cc");
-  const auto grad_of = [](const Tensor& map, bool need) { return torch::stable::new_empty(map, need ? shape_of(map) : Sizes{0}); };
+  const auto grad_of = [](const Tensor& map, bool need) { return prepared(torch::stable::new_empty(map, need ? shape_of(map) : Sizes{0})); };
   Tensor grad_i = grad_of(i, need_i), grad_j = grad_of(j, need_j);
   const auto out = [](const Tensor& grad, bool need) { return need ? map_of(grad, "grad") : LnccMap{}; };
   if (i.numel() > 0)

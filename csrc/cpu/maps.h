@@ -6,6 +6,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../common/check.h"
 #include "../common/view.h"
 #include "storage.h"
@@ -73,11 +77,22 @@ Map<const S> map_of(const Tensor& features, Tensor& held) {
           last ? pixel_stride(held) : held.stride(1), last};
 }
 
+// Asks for huge pages under a large gradient that is about to be written: fresh memory costs its page faults, several times what writing it does.
+inline Tensor prepared(Tensor gradient) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const uintptr_t memory = uintptr_t(gradient.data_ptr()), bytes = uintptr_t(gradient.numel()) * gradient.element_size();
+  const uintptr_t begin = (memory + page - 1) / page * page, end = (memory + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: what comes of it does not matter
+#endif
+  return gradient;
+}
+
 // A gradient of that shape and the dtype of `like`. Channels-last memory is allocated as [B, *S, C]: `in_place` puts the axes in place at the end.
 inline Tensor new_gradient(const Tensor& like, const Sizes& shape, bool channels_last) {
   Sizes memory = channels_last ? without_channels(shape) : shape;
   if (channels_last) memory.push_back(shape[1]);
-  return torch::stable::new_empty(like, memory);
+  return prepared(torch::stable::new_empty(like, memory));
 }
 
 inline Tensor in_place(Tensor gradient, bool channels_last) {

@@ -4,10 +4,6 @@
 #include <cstdint>
 #include <tuple>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "maps.h"
 #include "parallel.h"
 #include "pool_core.h"
@@ -43,15 +39,6 @@ void check_labels(const Tensor& labels, const Sizes& shape) {
   PIX2REP_EXPECT(shape_of(labels) == without_channels(shape), "labels", "have the shape [B, *S] of the features", labels.dim(), " axes of which the first is ", labels.dim() ? labels.size(0) : 0);
 }
 
-// Asks for huge pages under a large map that is about to be written: fresh memory costs its page faults, several times what writing it does.
-void prepare_to_write([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(2) << 20;
-  const uintptr_t begin = (uintptr_t(memory) + page - 1) / page * page, end = (uintptr_t(memory) + uintptr_t(bytes)) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: what comes of it does not matter
-#endif
-}
-
 std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regions) {
   const Sizes shape = shape_of(features);
   PIX2REP_EXPECT(shape.size() >= 3, "features", "have shape [B, C, *S]", shape.size(), " axes");
@@ -85,7 +72,6 @@ Tensor backward(Tensor grad_means, Tensor counts, Tensor labels, Tensor like, Si
   if (grad.numel() > 0)
     with_storage(like.scalar_type(), "like", [&](auto zero) {
       using S = decltype(zero);
-      prepare_to_write(grad.data_ptr(), grad.numel() * int64_t(sizeof(S)));
       const Map<S> map = map_of_gradient<S>(grad, shape, channels_last);
       with_labels(labels, regions, [&](const auto& l) { pool_backward<S>(data<Compute<S>>(grad_means), data<int64_t>(counts), l, TorchParallel{}, map); });
     });
