@@ -83,7 +83,8 @@ template <class T>
 class LnccSweep {
  public:
   LnccSweep(const LnccProblem& problem, const int64_t* largest, int64_t reach)
-      : p_(problem), kernels_(lncc_kernels<T>()), plan_(problem, largest, reach), memory_(plan_.end, T(0)), eps_(T(problem.eps)), slots_(std::max(plan_.taps[0], plan_.taps[1])) {
+      : p_(problem), kernels_(lncc_kernels<T>()), plan_(problem, largest, reach), memory_(plan_.end, T(0)), eps_(T(problem.eps)),
+        slots_(std::max(plan_.taps[0], plan_.taps[1])) {
     T count = 1, k = T(problem.window);
     for (int a = problem.solid ? 0 : 1; a < 3; ++a, count *= k) {
       const int64_t taps = plan_.taps[a];

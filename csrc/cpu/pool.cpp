@@ -36,7 +36,8 @@ void with_labels(const Tensor& given, int64_t regions, const F& f) {
 }
 
 void check_labels(const Tensor& labels, const Sizes& shape) {
-  PIX2REP_EXPECT(shape_of(labels) == without_channels(shape), "labels", "have the shape [B, *S] of the features", labels.dim(), " axes of which the first is ", labels.dim() ? labels.size(0) : 0);
+  PIX2REP_EXPECT(shape_of(labels) == without_channels(shape), "labels", "have the shape [B, *S] of the features", labels.dim(),
+                 " axes of which the first is ", labels.dim() ? labels.size(0) : 0);
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regions) {

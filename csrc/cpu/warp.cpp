@@ -69,7 +69,8 @@ Tensor backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes 
       using S = decltype(zero);
       in.with_grid([&](const auto& w) {
         warp_backward<S>(static_cast<const S*>(grad_rows.data_ptr()), static_cast<const S*>(rows.data_ptr()),
-                         normalize ? data<Compute<S>>(norms) : nullptr, w, in.points(), TorchParallel{}, map_of_gradient<S>(grad, shape, channels_last || shape[1] == 1));
+                         normalize ? data<Compute<S>>(norms) : nullptr, w, in.points(), TorchParallel{},
+                         map_of_gradient<S>(grad, shape, channels_last || shape[1] == 1));
       });
     });
   return in_place(grad, channels_last);
