@@ -1,7 +1,6 @@
 """align: registration, refusals, determinism, and what the compiler makes of its Triton kernels for GPUs that are not here."""
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -211,31 +210,3 @@ def test_triton_sorts_where_determinism_is_asked_for():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
-
-
-# Compilation for GPUs that are not here
-
-
-def test_triton_compiles_without_spills(tmp_path):
-    """As real calls specialise it: sizes of 1, no spills, and rows of aligned channels read 16 bytes at a time.
-
-    Two calls, for sm_90: `python -m benchmarks.compiled align` has all of them.
-    """
-    pytest.importorskip("triton", reason="triton is not installed")
-    code = """
-import json
-from benchmarks import calls_align, compiled
-calls_align.CALLS = {name: calls_align.CALLS[name] for name in ("2D last", "one of everything")}
-for row in compiled.rows("align", [90]):
-    print(json.dumps(row))
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    every = {"align_forward_kernel", "align_backward_kernel", "warp_backward_records_kernel", "warp_backward_sum_kernel"}
-    for name in ("2D last", "one of everything"):
-        assert {k["kernel"] for k in kernels if k["call"] == name} == every, name
-    for kernel in kernels:
-        assert kernel["stack"] == 0, kernel
-        assert kernel["widest"] == 128 or kernel["call"] != "2D last" or not kernel["kernel"].startswith("align"), kernel

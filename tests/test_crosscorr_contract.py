@@ -1,6 +1,5 @@
 """crosscorr: registration, refusals, determinism, memory, and what the compiler makes of its Triton kernels for GPUs that are not here."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from crosscorr_helpers import CPU, FAST, both, ours, views, weights
 from pix2rep_kernels import crosscorr
 from pix2rep_kernels.ops.crosscorr import moments
 from pix2rep_kernels.testing import backends, error
-from sweep import FULL
 
 ROOT = Path(__file__).parents[1]
 built = pytest.mark.skipif("cpu" not in FAST, reason="the CPU kernels are not built")
@@ -188,29 +186,3 @@ def test_memory():
     for n in (131_072, 262_144):
         gradients = 2 * n * 64 * 4 / 2**20
         assert peak_mib(MEMORY, n) < gradients + 6
-
-
-# Compilation for GPUs that are not here
-
-
-def test_triton_compiles_without_spills(tmp_path):
-    """With the constants and alignments that the JIT finds in real arguments; a process compiles that does not interpret."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    code = """
-import json, sys
-from benchmarks import calls_crosscorr, compiled
-calls_crosscorr.CALLS = {name: calls_crosscorr.CALLS[name] for name in json.loads(sys.argv[1])}
-for row in compiled.rows("crosscorr", json.loads(sys.argv[2])):
-    print(json.dumps(row))
-"""
-    from benchmarks import calls_crosscorr
-
-    calls, chips = (list(calls_crosscorr.CALLS), [80, 90]) if FULL else (["256, bf16"], [90])
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, json.dumps(calls), json.dumps(chips)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    for row in map(json.loads, result.stdout.splitlines()):
-        assert row["stack"] == 0 and row["shared"] <= {80: 166_912, 90: 232_448}[row["sm"]], row
-        if row["sm"] == 90 and row["call"][:3].isdigit() and row["kernel"] in ("crosscorr_moments_kernel", "crosscorr_gradients_kernel"):
-            assert any(name.startswith("HGMMA") for name in row["matrix"]), row

@@ -1,7 +1,6 @@
 """pool: registration, refusals, determinism, memory, and what the compiler makes of its Triton kernels for GPUs that are not here."""
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import torch
 from benchmarks.harness import peak_mib
 from pix2rep_kernels import pool, why_not
 from pool_helpers import DEVICE, EVERY, FAST, both, ours, problem
-from sweep import FULL
 
 ROOT = Path(__file__).parents[1]
 HERE = [b for b in FAST if DEVICE[b] == "cpu"]
@@ -222,27 +220,3 @@ calls_pool.CALLS = {name: calls_pool.CALLS[name] for name in json.loads(sys.argv
 for row in compiled.rows("pool", json.loads(sys.argv[2])):
     print(json.dumps(row))
 """
-
-
-def test_triton_compiles_without_spills(tmp_path):
-    """With the constants and alignments that the JIT finds in real arguments; aligned rows are read 16 bytes at a time.
-
-    Every call of benchmarks/calls_pool.py for sm_80 and sm_90 in `make test-full`, otherwise those that differ most for sm_90.
-    """
-    pytest.importorskip("triton", reason="triton is not installed")
-    from benchmarks.calls_pool import CALLS
-
-    calls = list(CALLS) if FULL else ["2D last", "many channels, many regions", "odd, first", "one of everything, 3D"]
-    chips = [80, 90] if FULL else [90]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", STATIC, json.dumps(calls), json.dumps(chips)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    every = {f"pool_{name}_kernel" for name in ("keys", "sum", "mean", "share", "put")}
-    for call, chip in itertools.product(calls, chips):
-        assert {k["kernel"] for k in kernels if (k["call"], k["sm"]) == (call, chip)} == every, call
-    for kernel in kernels:
-        assert kernel["stack"] == 0 and kernel["shared"] <= 16384, kernel
-        if kernel["call"].startswith(("2D last", "3D last")) and kernel["kernel"] in ("pool_sum_kernel", "pool_put_kernel"):
-            assert kernel["widest"] == 128, kernel

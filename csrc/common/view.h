@@ -33,6 +33,17 @@ auto with_float_type(ScalarType type, const char* argument, F&& f) {
   }
 }
 
+// Of sums and norms: float32, or float64 where a tensor is.
+template <class... Tensors>
+ScalarType compute_type(const Tensors&... tensors) {
+  return (... || (tensors.scalar_type() == ScalarType::Double)) ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class F>
+auto with_compute_type(ScalarType type, F&& f) {
+  return type == ScalarType::Double ? f(double{}) : f(float{});
+}
+
 template <class T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.data_ptr());

@@ -26,7 +26,7 @@ struct Arguments {
 
   int64_t batch() const { return one.shape[0]; }
   int64_t count() const { return batch() * one.per_image(); }
-  ScalarType compute() const { return f1.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+  ScalarType compute() const { return compute_type(f1); }
   Sizes points_shape() const {
     Sizes shape = one.size;
     shape.insert(shape.begin(), batch());
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_dot, Tensor grad_sq1, Tensor gra
       const T* const from[3] = {data<T>(upstream[0]), data<T>(upstream[1]), data<T>(upstream[2])};
       Map<S> gradients[2] = {};
       for (int s = 0; s < 2; ++s)
-        if (need[s]) gradients[s] = map_of_gradient<S>(grads[s], *maps[s], last[s]);
+        if (need[s]) gradients[s] = map_of_gradient<S>(grads[s], maps[s]->shape, last[s] || maps[s]->shape[1] == 1);
       align_backward(sides, points, TorchParallel{}, from, gradients, need);
     });
   for (int s = 0; s < 2; ++s)

@@ -4,15 +4,10 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "warp_rows.h"
 
 namespace pix2rep {
 namespace PIX2REP_ISA {
-
-#include "simd.h"
-#include "warp_rows.h"
 
 namespace {
 

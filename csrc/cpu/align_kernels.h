@@ -15,18 +15,8 @@ struct AlignKernels {
   void (*mix_columns)(T* q, T* z, int count, int64_t width, const T* const* upstream);
 };
 
-#define PIX2REP_ALIGN_TABLES                        \
-  extern const AlignKernels<float> align_float;     \
-  extern const AlignKernels<double> align_double;
-namespace baseline {
-PIX2REP_ALIGN_TABLES
-}
-namespace avx2 {
-PIX2REP_ALIGN_TABLES
-}
-namespace avx512 {
-PIX2REP_ALIGN_TABLES
-}
-#undef PIX2REP_ALIGN_TABLES
+PIX2REP_TABLES(
+  extern const AlignKernels<float> align_float;
+  extern const AlignKernels<double> align_double;)
 
 }  // namespace pix2rep

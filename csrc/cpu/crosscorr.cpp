@@ -1,30 +1,20 @@
 // pix2rep_native::crosscorr and crosscorr_backward on the CPU: schemas, argument checks, storage types.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
-#include "../common/check.h"
-#include "../common/view.h"
 #include "crosscorr_core.h"
+#include "maps.h"
 #include "parallel.h"
 
 namespace pix2rep {
 namespace {
 
 using Optional = std::optional<Tensor>;
-using crosscorr::Storage;
 
 CrosscorrView view_of(const Tensor& t, const char* name) {
-  return with_float_type(t.scalar_type(), name, [&](auto zero) {
-    using S = decltype(zero);
-    constexpr Storage storage = std::is_same_v<S, double>  ? Storage::f64
-                                : std::is_same_v<S, float> ? Storage::f32
-                                : std::is_same_v<S, torch::headeronly::Half> ? Storage::f16
-                                                                             : Storage::bf16;
-    constexpr int64_t bytes = sizeof(S);
-    return CrosscorrView{static_cast<char*>(t.data_ptr()), t.size(1), t.stride(0) * bytes, t.stride(1) * bytes, storage};
-  });
+  const Storage storage = storage_of(t, name);
+  return {static_cast<char*>(t.data_ptr()), t.size(1), t.stride(0) * kBytes[int(storage)], t.stride(1), storage};
 }
 
 // The arguments shared by both passes.
@@ -39,7 +29,7 @@ struct Arguments {
     n = x.size(0);
     PIX2REP_EXPECT(y.dim() == 2 && y.size(0) == n, "y", "have shape [N, D2] with x's N", y.dim(), " axes of which the first is ", y.size(0));
     view_of(x, "x"), view_of(y, "y");
-    type = x.scalar_type() == ScalarType::Double || y.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    type = compute_type(x, y);
     if (weight) this->weight = vector(*weight, "weight", n);
   }
 
@@ -52,11 +42,6 @@ struct Arguments {
     PIX2REP_EXPECT(t.scalar_type() == type, name, "be float64 where x or y is, else float32", "scalar type ", int(t.scalar_type()));
     return torch::stable::contiguous(t);
   }
-
-  template <class F>
-  void with_type(const F& f) const {
-    type == ScalarType::Double ? f(double{}) : f(float{});
-  }
 };
 
 using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -66,7 +51,7 @@ Moments forward(Tensor x, Tensor y, Optional weight) {
   const int64_t d1 = x.size(1), d2 = y.size(1);
   const auto make = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(x, shape, in.type); };
   const Moments out{make({}), make({d1}), make({d2}), make({d1}), make({d2}), make({d1}), make({d2}), make({d1, d2})};
-  in.with_type([&](auto zero) {
+  with_compute_type(in.type, [&](auto zero) {
     using T = decltype(zero);
     const auto memory = std::apply([](const auto&... t) { return CrosscorrMoments<T>{mutable_data<T>(t)...}; }, out);
     crosscorr_forward<T>(view_of(x, "x"), view_of(y, "y"), in.weight ? data<T>(*in.weight) : nullptr, in.n, TorchParallel{}, memory);
@@ -85,11 +70,11 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_sum_x, Tensor grad_sum_y, Tensor
                  grad_product.dim(), " axes and ", grad_product.numel(), " entries");
   grad_product = in.typed(grad_product, "grad_product");
   const auto make = [&](const Tensor& like, bool need) {
-    return need ? torch::stable::new_empty(like, {in.n, like.size(1)}) : torch::stable::new_empty(like, {0});
+    return prepared(need ? torch::stable::new_empty(like, {in.n, like.size(1)}) : torch::stable::new_empty(like, {0}));
   };
   const Tensor grad_x = make(x, need_x), grad_y = make(y, need_y);
   if (in.n == 0 || !(need_x || need_y)) return {grad_x, grad_y};
-  in.with_type([&](auto zero) {
+  with_compute_type(in.type, [&](auto zero) {
     using T = decltype(zero);
     const CrosscorrView none{};
     const CrosscorrGradients<T> gradients{data<T>(grad_sum_x),   data<T>(grad_sum_y), data<T>(grad_square_x), data<T>(grad_square_y),

@@ -3,22 +3,20 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <type_traits>
 #include <vector>
 
 #include "crosscorr_kernels.h"
 #include "isa.h"
+#include "scratch.h"
 
 namespace pix2rep {
 
-// [N, d] of any storage and strides.
+// [N, d] of any storage and strides; columns are `column_stride` values apart.
 struct CrosscorrView {
   char* data;
-  int64_t d, row_bytes, column_bytes;
-  crosscorr::Storage storage;
+  int64_t d, row_bytes, column_stride;
+  Storage storage;
 
   int64_t ld() const { return (d + 15) / 16 * 16; }
 };
@@ -47,29 +45,9 @@ const CrosscorrKernels<T>& kernels() {
     return PIX2REP_PICK(crosscorr_double);
 }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Aligned and uninitialised unless a value is given.
 template <class T>
-class Workspace {
- public:
-  explicit Workspace(int64_t count) : count_(count), memory_(static_cast<T*>(std::aligned_alloc(64, (size_t(count) * sizeof(T) + 127) / 64 * 64))) {
-    if (!memory_) throw std::bad_alloc();
-  }
-  Workspace(int64_t count, T value) : Workspace(count) { std::fill_n(get(), count, value); }
-  T* get() const { return memory_.get(); }
-  int64_t size() const { return count_; }
-
- private:
-  int64_t count_;
-  std::unique_ptr<T[], Free> memory_;
-};
-
-template <class T>
-Workspace<T> padded(const T* values, int64_t d, int64_t ld, T scale = 1) {
-  Workspace<T> out(ld, T(0));
+Scratch<T> padded(const T* values, int64_t d, int64_t ld, T scale = 1) {
+  Scratch<T> out(ld, T(0));
   for (int64_t i = 0; i < d; ++i) out.get()[i] = scale * values[i];
   return out;
 }
@@ -81,7 +59,7 @@ class Groups {
  public:
   Groups(const CrosscorrView& view, const T* pivot)
       : view_(view), pivot_(pivot), copies_(kernels<T>().group * view.ld(), T(0)),
-        direct_(view.storage == (sizeof(T) == 4 ? Storage::f32 : Storage::f64) && view.column_bytes == int64_t(sizeof(T)) && view.d == view.ld() &&
+        direct_(view.storage == kStorage<T> && view.column_stride == 1 && view.d == view.ld() &&
                 view.row_bytes % int64_t(sizeof(T)) == 0) {}
 
   const T* const* operator()(int64_t first, int64_t end, const T* weight) {
@@ -96,7 +74,7 @@ class Groups {
         for (int64_t line = 0; line < view_.d * int64_t(sizeof(T)); line += 64) __builtin_prefetch(row + kChunkRows * view_.row_bytes + line);
       } else {
         T* copy = copies_.get() + r * view_.ld();
-        kernels<T>().read(row, view_.column_bytes, view_.storage, view_.d, copy);
+        kernels<T>().load[int(view_.storage)](row, view_.column_stride, view_.d, copy);
         rows_[r] = copy;
       }
     }
@@ -106,7 +84,7 @@ class Groups {
  private:
   const CrosscorrView& view_;
   const T* pivot_;
-  Workspace<T> copies_;
+  Scratch<T> copies_;
   bool direct_;
   const T* rows_[8];
 };
@@ -116,16 +94,16 @@ inline int64_t pilot_row(int64_t i, int64_t step) { return i * step + ((i * 4050
 
 // Mean of the pilot rows that take part, 0 when none does; padded.
 template <class T>
-Workspace<T> pivot(const CrosscorrView& view, const T* weight, int64_t n) {
+Scratch<T> pivot(const CrosscorrView& view, const T* weight, int64_t n) {
   const int64_t step = std::max<int64_t>(n / kPilotRows, 1);
-  Workspace<T> row(view.ld(), T(0));
+  Scratch<T> row(view.ld(), T(0));
   std::vector<double> sum(view.d);
   int64_t count = 0;
   for (int64_t i = 0; i < std::min(n, kPilotRows); ++i) {
     const int64_t at = pilot_row(i, step);
     if (weight && weight[at] == 0) continue;
     ++count;
-    kernels<T>().read(view.data + at * view.row_bytes, view.column_bytes, view.storage, view.d, row.get());
+    kernels<T>().load[int(view.storage)](view.data + at * view.row_bytes, view.column_stride, view.d, row.get());
     for (int64_t j = 0; j < view.d; ++j) sum[j] += row.get()[j];
   }
   for (int64_t j = 0; j < view.d; ++j) row.get()[j] = count ? T(sum[j] / count) : T(0);
@@ -159,7 +137,7 @@ void accumulate(const CrosscorrView& x, const CrosscorrView& y, const T* weight,
   const int64_t lx = x.ld(), ly = y.ld(), both = lx + ly;
   Groups<T> rows_x(x, pivot_x), rows_y(y, pivot_y);
   Weights<T> weights{weight, {}};
-  Workspace<T> panels(kChunkRows * both), chunk_sums(2 * both);
+  Scratch<T> panels(kChunkRows * both), chunk_sums(2 * both);
   T *sum = chunk_sums.get(), *square = sum + both;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * kChunkRows, last = std::min(n, first + kChunkRows);
@@ -182,9 +160,9 @@ void crosscorr_forward(const CrosscorrView& x, const CrosscorrView& y, const T* 
   using namespace crosscorr;
   const int64_t lx = x.ld(), ly = y.ld(), both = lx + ly;
   const int64_t chunks = (n + kChunkRows - 1) / kChunkRows, partials = partials_of(chunks, lx * ly * int64_t(sizeof(T)));
-  const Workspace<T> pivot_x = pivot(x, weight, n), pivot_y = pivot(y, weight, n);
-  const Workspace<double> sums(partials * 2 * both, 0.0);
-  const Workspace<T> products(partials * lx * ly);
+  const Scratch<T> pivot_x = pivot(x, weight, n), pivot_y = pivot(y, weight, n);
+  const Scratch<double> sums(partials * 2 * both, 0.0);
+  const Scratch<T> products(partials * lx * ly);
   if (chunks == 0) std::fill_n(products.get(), lx * ly, T(0));
   parallel(partials, [&](int64_t p) {
     accumulate(x, y, weight, pivot_x.get(), pivot_y.get(), n, p * chunks / partials, (p + 1) * chunks / partials, sums.get() + p * 2 * both,
@@ -226,16 +204,16 @@ void crosscorr_backward(const CrosscorrView& x, const CrosscorrView& y, const T*
   const auto& k = kernels<T>();
   const int64_t lx = x.ld(), ly = y.ld();
   const bool need_x = in.x.data, need_y = in.y.data;
-  const Workspace<T> pivot_x = padded(in.pivot_x, x.d, lx), pivot_y = padded(in.pivot_y, y.d, ly);
-  const Workspace<T> constant_x = padded(in.sum_x, x.d, lx), constant_y = padded(in.sum_y, y.d, ly);
-  const Workspace<T> slope_x = padded(in.square_x, x.d, lx, T(2)), slope_y = padded(in.square_y, y.d, ly, T(2));
-  const Workspace<T> for_x(need_x ? y.d * lx : 0), for_y(need_y ? x.d * ly : 0);
+  const Scratch<T> pivot_x = padded(in.pivot_x, x.d, lx), pivot_y = padded(in.pivot_y, y.d, ly);
+  const Scratch<T> constant_x = padded(in.sum_x, x.d, lx), constant_y = padded(in.sum_y, y.d, ly);
+  const Scratch<T> slope_x = padded(in.square_x, x.d, lx, T(2)), slope_y = padded(in.square_y, y.d, ly, T(2));
+  const Scratch<T> for_x(need_x ? y.d * lx : 0), for_y(need_y ? x.d * ly : 0);
   if (need_x) k.pack_gradient(in.product, 1, y.d, y.d, x.d, lx, for_x.get());
   if (need_y) k.pack_gradient(in.product, y.d, 1, x.d, y.d, ly, for_y.get());
   const int64_t chunks = (n + kRows - 1) / kRows, tasks = std::min<int64_t>(chunks, 64);
   parallel(tasks, [&](int64_t task) {
     Groups<T> rows_x(x, pivot_x.get()), rows_y(y, pivot_y.get());
-    const Workspace<T> u(kRows * lx), v(kRows * ly), out(kRows * std::max(lx, ly));
+    const Scratch<T> u(kRows * lx), v(kRows * ly), out(kRows * std::max(lx, ly));
     T w[kRows];
     for (int64_t chunk = task * chunks / tasks; chunk < (task + 1) * chunks / tasks; ++chunk) {
       const int64_t first = chunk * kRows, last = std::min(n, first + kRows), rows = (last - first + k.group - 1) / k.group * k.group;
@@ -245,13 +223,13 @@ void crosscorr_backward(const CrosscorrView& x, const CrosscorrView& y, const T*
       }
       if (weight)
         for (int64_t r = 0; r < rows; ++r) w[r] = first + r < last ? weight[first + r] : T(0);
-      const auto write = [&](const CrosscorrView& to, const T* own, const T* other, const Workspace<T>& panels, const Workspace<T>& constant,
-                             const Workspace<T>& slope, int64_t d) {
+      const auto write = [&](const CrosscorrView& to, const T* own, const T* other, const Scratch<T>& panels, const Scratch<T>& constant,
+                             const Scratch<T>& slope, int64_t d) {
         char* begin = to.data + first * to.row_bytes;
-        const bool direct = to.storage == (sizeof(T) == 4 ? Storage::f32 : Storage::f64) && to.d == to.ld() && rows == last - first;
+        const bool direct = to.storage == kStorage<T> && to.d == to.ld() && rows == last - first;
         T* into = direct ? reinterpret_cast<T*>(begin) : out.get();
         k.gradient(own, other, panels.get(), constant.get(), slope.get(), weight ? w : nullptr, rows, d, to.ld(), (d + 15) / 16 * 16, into);
-        for (int64_t r = 0; !direct && r < last - first; ++r) k.write(into + r * to.ld(), to.storage, to.d, begin + r * to.row_bytes);
+        for (int64_t r = 0; !direct && r < last - first; ++r) k.store[int(to.storage)](into + r * to.ld(), to.d, begin + r * to.row_bytes);
       };
       if (need_x) write(in.x, u.get(), v.get(), for_x, constant_x, slope_x, y.d);
       if (need_y) write(in.y, v.get(), u.get(), for_y, constant_y, slope_y, x.d);

@@ -1,18 +1,10 @@
 // Register tiles of crosscorr: both products keep 8 x 3 vectors of sums in registers (4 x 3 where there are 16), fed by one broadcast a row of the tile.
 #include "crosscorr_kernels.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "convert.h"
 
 namespace pix2rep {
 namespace PIX2REP_ISA {
-
-#include "simd.h"
-
-using crosscorr::Storage;
-
-#include "crosscorr_storage.h"
 
 namespace {
 
@@ -188,7 +180,7 @@ void gradient(const T* own, const T* other, const T* panels, const T* constant, 
 
 template <class T>
 constexpr CrosscorrKernels<T> table() {
-  return {kGroup, kFeatures, read<T>, write<T>, pack_x<T>, pack_y<T>, product<T>, shift<T>, pack_gradient<T>, gradient<T>};
+  return {lines<T>(), kGroup, kFeatures, pack_x<T>, pack_y<T>, product<T>, shift<T>, pack_gradient<T>, gradient<T>};
 }
 
 }  // namespace

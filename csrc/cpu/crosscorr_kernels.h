@@ -2,20 +2,14 @@
 // product over rows (forward), row-major for the product over features (backward).
 #pragma once
 
-#include <cstdint>
+#include "storage.h"
+#include "tables.h"
 
 namespace pix2rep {
 
-namespace crosscorr {
-enum class Storage { f16, bf16, f32, f64 };
-}
-
 template <class T>
-struct CrosscorrKernels {
+struct CrosscorrKernels : Lines<T> {
   int64_t group, features;  // rows packed at once; every leading dimension is a multiple of `features`
-
-  void (*read)(const char* row, int64_t column_bytes, crosscorr::Storage storage, int64_t d, T* out);
-  void (*write)(const T* row, crosscorr::Storage storage, int64_t d, char* out);
 
   // (crosscorr.1, 3-4) of `group` rows, their row k of the chunk first: u into [panel][kChunkRows][panel width], times w when `scaled`; sums added.
   // Panels hold `features` of x; of y the vectors of one register tile. weight nullptr: all 1.
@@ -35,18 +29,8 @@ struct CrosscorrKernels {
 
 constexpr int64_t kChunkRows = 128;  // a panel of three AVX-512 vectors is 24 KiB then: it stays in L1
 
-#define PIX2REP_CROSSCORR_TABLES                           \
-  extern const CrosscorrKernels<float> crosscorr_float;    \
-  extern const CrosscorrKernels<double> crosscorr_double;
-namespace baseline {
-PIX2REP_CROSSCORR_TABLES
-}
-namespace avx2 {
-PIX2REP_CROSSCORR_TABLES
-}
-namespace avx512 {
-PIX2REP_CROSSCORR_TABLES
-}
-#undef PIX2REP_CROSSCORR_TABLES
+PIX2REP_TABLES(
+  extern const CrosscorrKernels<float> crosscorr_float;
+  extern const CrosscorrKernels<double> crosscorr_double;)
 
 }  // namespace pix2rep

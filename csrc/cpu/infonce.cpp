@@ -62,7 +62,8 @@ struct Arguments : InfonceShape {
   Optional positive, valid_a, valid_b, queue;
   std::vector<int32_t> id_a, id_b;
   double tau;
-  bool at_floor, is_double;
+  bool at_floor;
+  ScalarType type;  // of the arithmetic
 
   Arguments(const Tensor& a, const Tensor& b, const Tensor& temperature, double floor, const std::string& kind, const Optional& positive,
             const Optional& valid_a, const Optional& valid_b, const Optional& ids_a, const Optional& ids_b, const Optional& queue)
@@ -73,7 +74,7 @@ struct Arguments : InfonceShape {
         valid_a(contiguous(valid_a)),
         valid_b(contiguous(valid_b)),
         queue(queue) {
-    is_double = a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double;
+    type = compute_type(a, b);
     const double given = with_float_type(temperature.scalar_type(), "temperature", [&](auto zero) { return double(*data<decltype(zero)>(temperature)); });
     const double least = temperature.scalar_type() == ScalarType::Float ? double(float(floor)) : floor;
     at_floor = given < least;
@@ -124,18 +125,12 @@ struct Arguments : InfonceShape {
   }
 };
 
-template <class F>
-auto with_compute_type(bool is_double, F&& f) {
-  return is_double ? f(double{}) : f(float{});
-}
-
 std::tuple<Tensor, Tensor> infonce(Tensor a, Tensor b, Tensor temperature, double temperature_floor, std::string negatives, Optional positive,
                                    Optional valid_a, Optional valid_b, Optional ids_a, Optional ids_b, Optional queue, std::optional<std::string>) {
   const Arguments in(a, b, temperature, temperature_floor, negatives, positive, valid_a, valid_b, ids_a, ids_b, queue);
   const int64_t anchors = in.anchors();
-  const auto type = in.is_double ? ScalarType::Double : ScalarType::Float;
-  Tensor losses = torch::stable::new_empty(a, {in.groups, anchors}, type), lse = torch::stable::new_empty(a, {in.groups, anchors}, type);
-  with_compute_type(in.is_double, [&](auto zero) {
+  Tensor losses = torch::stable::new_empty(a, {in.groups, anchors}, in.type), lse = torch::stable::new_empty(a, {in.groups, anchors}, in.type);
+  with_compute_type(in.type, [&](auto zero) {
     using T = decltype(zero);
     in.for_groups([&](int64_t g, const auto& parallel) {
       infonce_forward<T>(in.group<T>(g), parallel, mutable_data<T>(losses) + g * anchors, mutable_data<T>(lse) + g * anchors);
@@ -157,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> infonce_backward(Tensor grad_losses, Tensor l
   Tensor grad_a = zeros(a, need_a), grad_b = zeros(b, need_b);
   std::vector<double> grad_tau(in.groups);
   grad_losses = torch::stable::contiguous(grad_losses), losses = torch::stable::contiguous(losses), lse = torch::stable::contiguous(lse);
-  with_compute_type(in.is_double, [&](auto zero) {
+  with_compute_type(in.type, [&](auto zero) {
     using T = decltype(zero);
     in.for_groups([&](int64_t g, const auto& parallel) {
       InfonceGradients<T> out;

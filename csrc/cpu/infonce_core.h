@@ -3,9 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <type_traits>
@@ -15,6 +13,7 @@
 #include "infonce_kernels.h"
 #include "isa.h"
 #include "schedule.h"
+#include "scratch.h"
 
 namespace pix2rep {
 
@@ -38,26 +37,6 @@ struct InfonceInputs {
   double tau;
 };
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count = 0) {
-    if (count == 0) return;
-    const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (!memory_) throw std::bad_alloc();
-    std::fill_n(memory_.get(), bytes / sizeof(T), T(0));
-  }
-  T* get() const { return memory_.get(); }
-
- private:
-  std::unique_ptr<T[], Free> memory_;
-};
-
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 template <class T>
@@ -72,7 +51,7 @@ const InfonceKernels<T>& infonce_kernels() {
 template <class T>
 struct RowSet {
   int64_t count = 0, ld = 0;
-  Buffer<T> rows, panels;
+  Scratch<T> rows, panels;
   double largest_norm = 0;  // NaN when a row is not finite
 
   RowSet() = default;
@@ -80,8 +59,8 @@ struct RowSet {
   RowSet(const Parallel& parallel, int64_t count, int64_t d, bool keep_rows, std::optional<double> panel_scale, const Read& read) : count(count) {
     const auto& k = infonce_kernels<T>();
     ld = round_up(std::max<int64_t>(d, 1), k.width);
-    if (keep_rows) rows = Buffer<T>(round_up(count, k.rows) * ld);
-    if (panel_scale) panels = Buffer<T>(round_up(count, k.columns) * d);
+    if (keep_rows) rows = Scratch<T>(round_up(count, k.rows) * ld, T(0));
+    if (panel_scale) panels = Scratch<T>(round_up(count, k.columns) * d, T(0));
     constexpr int64_t chunk = 256;
     std::vector<double> norms((count + chunk - 1) / chunk);
     parallel(int64_t(norms.size()), [&](int64_t c) {

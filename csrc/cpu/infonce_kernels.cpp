@@ -2,14 +2,10 @@
 // the weights of one cache-sized tile and multiplies it into both gradients.
 #include "infonce_kernels.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 namespace pix2rep {
 namespace PIX2REP_ISA {
-
-#include "simd.h"
 
 namespace {
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "tables.h"
+
 namespace pix2rep {
 
 // Rows [row_begin, row_end) of x against columns [col_begin, col_end) of y. Begins are multiples of the kernels' `rows` and `columns`; ends may be ragged.
@@ -34,17 +36,8 @@ struct InfonceKernels {
   void (*product)(const T* g, int64_t ldg, bool transposed, int64_t rows, int64_t depth, const T* y, T* out, int64_t ld);
 };
 
-namespace baseline {
-extern const InfonceKernels<float> infonce_float;
-extern const InfonceKernels<double> infonce_double;
-}  // namespace baseline
-namespace avx2 {
-extern const InfonceKernels<float> infonce_float;
-extern const InfonceKernels<double> infonce_double;
-}  // namespace avx2
-namespace avx512 {
-extern const InfonceKernels<float> infonce_float;
-extern const InfonceKernels<double> infonce_double;
-}  // namespace avx512
+PIX2REP_TABLES(
+  extern const InfonceKernels<float> infonce_float;
+  extern const InfonceKernels<double> infonce_double;)
 
 }  // namespace pix2rep

@@ -110,8 +110,8 @@ class InfonceBackward {
   void run() {
     const bool temperature = out.temperature != nullptr;
     const bool want_x = p.joint || out.a.data || temperature, want_y = !p.joint && out.b.data;
-    if (want_x) dx = Buffer<T>(p.x.count * ld);
-    if (want_y) dy = Buffer<T>(p.y.count * ld);
+    if (want_x) dx = Scratch<T>(p.x.count * ld, T(0));
+    if (want_y) dy = Scratch<T>(p.y.count * ld, T(0));
     T* column_grad = p.joint ? dx.get() : dy.get();
     const Sweep kind = p.joint ? Sweep::symmetric : p.cross || want_y ? Sweep::both : Sweep::rows;
     p.sweep(parallel, false, kind, [&](const Tile<T>& t, bool columns) { accumulate(t, false, columns ? column_grad : nullptr); });
@@ -131,7 +131,7 @@ class InfonceBackward {
   void accumulate(const Tile<T>& t, bool over_queue, T* column_grad) {
     const auto& k = infonce_kernels<T>();
     const int64_t height = 64, width = 4 * k.columns;
-    static thread_local Buffer<T> g(height * width);
+    static thread_local Scratch<T> g(height * width, T(0));
     const RowSet<T>& columns = over_queue ? p.queue : p.columns();
     const T* v = over_queue ? nullptr : p.joint ? u[0].data() : p.cross ? u[1].data() : nullptr;
     for (int64_t j = t.col_begin; j < t.col_end; j += width)
@@ -204,7 +204,7 @@ class InfonceBackward {
   const int64_t ld;
   double unit = 0;
   std::array<std::vector<T>, 2> u, pull, log2_lse;  // of x and, with "cross", of y
-  Buffer<T> dx, dy;
+  Scratch<T> dx, dy;
 };
 
 }  // namespace pix2rep

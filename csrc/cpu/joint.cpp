@@ -1,20 +1,15 @@
 // pix2rep_native::joint and joint_backward on the CPU: schemas, argument checks, layouts, storage types.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 #include <tuple>
 
-#include "../common/check.h"
-#include "../common/view.h"
 #include "joint_core.h"
+#include "maps.h"
 #include "parallel.h"
 
 namespace pix2rep {
 namespace {
-
-template <class S>
-using Storage = std::conditional_t<std::is_same_v<S, torch::headeronly::Half>, F16, std::conditional_t<std::is_same_v<S, torch::headeronly::BFloat16>, BF16, S>>;
 
 template <class S, class T>
 void read_planes(const char* at, int64_t channel_stride, int64_t, int64_t channels, int64_t count, T* planes, int64_t ld) {
@@ -34,7 +29,7 @@ void read_any(const char* at, int64_t channel_stride, int64_t pixel_stride, int6
 
 template <class S, class T>
 void read_last(const char* at, int64_t channel_stride, int64_t pixel_stride, int64_t channels, int64_t count, T* planes, int64_t ld) {
-  using P = Storage<S>;
+  using P = Stored<S>;
   if constexpr (std::is_same_v<Compute<P>, T>)
     warp_kernels<P>().transpose_in(reinterpret_cast<const P*>(at), pixel_stride / int64_t(sizeof(P)), count, channels, planes, ld);
   else
@@ -53,22 +48,11 @@ void write_planes(char* at, int64_t channel_stride, int64_t, int64_t channels, i
 
 template <class S, class T>
 void write_last(char* at, int64_t, int64_t pixel_stride, int64_t channels, int64_t count, T* planes, int64_t ld) {
-  using P = Storage<S>;
+  using P = Stored<S>;
   if constexpr (std::is_same_v<Compute<P>, T>)
     return warp_kernels<P>().transpose_out(planes, ld, channels, count, reinterpret_cast<P*>(at), pixel_stride / int64_t(sizeof(P)));
   for (int64_t i = 0; i < count; ++i)
     for (int64_t k = 0; k < channels; ++k) *reinterpret_cast<S*>(at + i * pixel_stride + k * int64_t(sizeof(S))) = S(planes[k * ld + i]);
-}
-
-// Whether the spatial axes of [B, K, *S] are one axis.
-bool is_one_axis(const Tensor& t) {
-  int64_t stride = -1;
-  for (int64_t axis = t.dim() - 1; axis >= 2; --axis) {
-    if (t.size(axis) == 1) continue;
-    if (stride >= 0 && t.stride(axis) != stride) return false;
-    stride = t.stride(axis) * t.size(axis);
-  }
-  return true;
 }
 
 // Strides in bytes; with `one` the spatial axes count as one, the last.
@@ -76,11 +60,8 @@ template <class Map>
 void set_strides(Map& map, const Tensor& t, int64_t size, bool one) {
   map.batch_stride = t.stride(0) * size, map.channel_stride = t.stride(1) * size;
   for (int64_t& stride : map.stride) stride = 0;
-  if (!one)
-    for (int64_t axis = t.dim() - 1; axis >= 2; --axis) map.stride[axis + 3 - t.dim()] = t.stride(axis) * size;
-  else
-    for (int64_t axis = t.dim() - 1; axis >= 2 && map.stride[2] == 0; --axis)
-      if (t.size(axis) > 1) map.stride[2] = t.stride(axis) * size;
+  for (int64_t axis = t.dim() - 1; axis >= 2; --axis) map.stride[axis + 3 - t.dim()] = one ? 0 : t.stride(axis) * size;
+  if (one) map.stride[2] = pixel_stride(t) * size;
 }
 
 template <class T>
@@ -95,17 +76,10 @@ JointSource<T> source(const Tensor& t, const char* name, bool one) {
   });
 }
 
-// Memory of a gradient, and its axes put in place: channels-last memory is [B, *S, K].
 struct Gradient {
   Tensor result;
 
-  Gradient(const Tensor& like, bool channels_last) : result(like) {
-    std::vector<int64_t> memory{like.size(0), like.size(1)};
-    for (int64_t axis = 2; axis < like.dim(); ++axis) memory.push_back(like.size(axis));
-    if (channels_last) memory.erase(memory.begin() + 1), memory.push_back(like.size(1));
-    result = torch::stable::new_empty(like, memory);
-    for (int64_t axis = result.dim() - 1; channels_last && axis > 1; --axis) result = torch::stable::transpose(result, axis - 1, axis);
-  }
+  Gradient(const Tensor& like, bool channels_last) : result(in_place(new_gradient(like, shape_of(like), channels_last), channels_last)) {}
   template <class T>
   JointSink<T> sink(bool channels_last, bool one) const {
     return with_float_type(result.scalar_type(), "a", [&](auto zero) {
@@ -123,30 +97,26 @@ struct Arguments {
   Tensor a, b;
   std::optional<Tensor> mask;
   int64_t radius, dims;
-  bool collapsed, logits, is_double;
+  bool collapsed, logits;
+  ScalarType type;  // of the arithmetic
   int64_t pixels = 1;
 
   Arguments(const Tensor& a, const Tensor& b, const std::optional<Tensor>& given, int64_t radius, bool collapsed, bool logits)
-      : a(a), b(b), radius(radius), dims(a.dim() - 2), collapsed(collapsed), logits(logits) {
+      : a(a), b(b), radius(radius), dims(a.dim() - 2), collapsed(collapsed), logits(logits), type(compute_type(a, b)) {
     PIX2REP_EXPECT(dims == 2 || dims == 3, "a", "have shape [B, K, H, W] or [B, K, D, H, W]", a.dim(), " axes");
-    bool same = b.dim() == a.dim();
-    for (int64_t axis = 0; same && axis < a.dim(); ++axis) same = b.size(axis) == a.size(axis);
-    PIX2REP_EXPECT(same, "b", "have the shape of a", b.dim(), " axes of which the first is ", b.dim() ? b.size(0) : 0);
+    PIX2REP_EXPECT(shape_of(b) == shape_of(a), "b", "have the shape of a", b.dim(), " axes of which the first is ", b.dim() ? b.size(0) : 0);
     PIX2REP_EXPECT(radius >= 0 && (collapsed || radius < (int64_t(1) << 20)), "radius", "be >= 0, and below 2^20 unless collapsed", radius);
     for (int64_t axis = 2; axis < a.dim(); ++axis) pixels *= a.size(axis);
-    is_double = a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double;
     if (!given) return;
     mask = torch::stable::contiguous(*given);
     PIX2REP_EXPECT(mask->scalar_type() == ScalarType::Bool, "mask", "be bool", "scalar type ", int(mask->scalar_type()));
-    bool fits = mask->dim() == dims + 1 && mask->size(0) == a.size(0);
-    for (int64_t axis = 2; fits && axis < a.dim(); ++axis) fits = mask->size(axis - 1) == a.size(axis);
-    PIX2REP_EXPECT(fits, "mask", "have shape [B, *S]", mask->dim(), " axes");
+    PIX2REP_EXPECT(shape_of(*mask) == without_channels(shape_of(a)), "mask", "have shape [B, *S]", mask->dim(), " axes");
   }
 
   int64_t clusters() const { return a.size(1); }
   bool is_empty() const { return a.size(0) * clusters() * pixels == 0; }
   // Displacements play no part and both maps are planes or channels-last: an image is one row.
-  bool one_axis() const { return radius == 0 && is_one_axis(a) && is_one_axis(b); }
+  bool one_axis() const { return radius == 0 && together(a, 2, pixel_stride(a)) && together(b, 2, pixel_stride(b)); }
   int64_t count() const {
     int64_t out = 1;
     for (int64_t axis = 0; !collapsed && axis < dims; ++axis) out *= 2 * radius + 1;
@@ -162,17 +132,11 @@ struct Arguments {
   }
 };
 
-template <class F>
-void with_compute_type(bool is_double, const F& f) {
-  is_double ? f(double{}) : f(float{});
-}
-
 Tensor forward(Tensor a, Tensor b, std::optional<Tensor> mask, int64_t radius, bool collapsed, bool logits) {
   const Arguments in(a, b, mask, radius, collapsed, logits);
-  const auto type = in.is_double ? ScalarType::Double : ScalarType::Float;
-  Tensor sums = torch::stable::new_zeros(a, {in.count(), in.clusters(), in.clusters()}, type);
+  Tensor sums = torch::stable::new_zeros(a, {in.count(), in.clusters(), in.clusters()}, in.type);
   if (in.is_empty()) return sums;
-  with_compute_type(in.is_double, [&](auto zero) {
+  with_compute_type(in.type, [&](auto zero) {
     using T = decltype(zero);
     in.joint<T>().forward(source<T>(a, "a", in.one_axis()), source<T>(b, "b", in.one_axis()), TorchParallel{}, mutable_data<T>(sums));
   });
@@ -182,16 +146,15 @@ Tensor forward(Tensor a, Tensor b, std::optional<Tensor> mask, int64_t radius, b
 std::tuple<Tensor, Tensor> backward(Tensor grad_sums, Tensor a, Tensor b, std::optional<Tensor> mask, int64_t radius, bool collapsed, bool logits,
                                     bool need_a, bool need_b, bool channels_last_a, bool channels_last_b) {
   const Arguments in(a, b, mask, radius, collapsed, logits);
-  const auto type = in.is_double ? ScalarType::Double : ScalarType::Float;
   PIX2REP_EXPECT(grad_sums.dim() == 3 && grad_sums.size(0) == in.count() && grad_sums.size(1) == in.clusters() && grad_sums.size(2) == in.clusters(),
                  "grad_sums", "have shape [displacements, K, K]", grad_sums.dim(), " axes");
-  PIX2REP_EXPECT(grad_sums.scalar_type() == type, "grad_sums", "have the dtype of the sums", "scalar type ", int(grad_sums.scalar_type()));
+  PIX2REP_EXPECT(grad_sums.scalar_type() == in.type, "grad_sums", "have the dtype of the sums", "scalar type ", int(grad_sums.scalar_type()));
   grad_sums = torch::stable::contiguous(grad_sums);
   std::optional<Gradient> grad_a, grad_b;
   if (need_a) grad_a.emplace(a, channels_last_a);
   if (need_b) grad_b.emplace(b, channels_last_b);
   if (!in.is_empty() && (need_a || need_b))
-    with_compute_type(in.is_double, [&](auto zero) {
+    with_compute_type(in.type, [&](auto zero) {
       using T = decltype(zero);
       std::optional<JointSink<T>> to_a, to_b;
       if (need_a) to_a = grad_a->template sink<T>(channels_last_a, in.one_axis());

@@ -126,11 +126,7 @@ struct Joint {
   int64_t plane() const { return (2 * line.margin + line.length + 2 * kJointStep - 1) / kJointStep * kJointStep + width() + 16; }
 
   // Scratch for group() images, its margins and the ends of its planes zero.
-  Scratch<T> scratch() const {
-    Scratch<T> out(group() * clusters * plane());
-    std::fill_n(out.get(), group() * clusters * plane(), T(0));
-    return out;
-  }
+  Scratch<T> scratch() const { return Scratch<T>(group() * clusters * plane(), T(0)); }
 
   template <class Parallel>
   void fill(const Source& map, int64_t first, int64_t count, const Parallel& parallel, T* out) const {
@@ -195,8 +191,7 @@ struct Joint {
       partial.assign(chunks * entries, 0);
       parallel(chunks * slices, [&](int64_t task) {
         const int64_t chunk = task / slices, begin = task % slices * each, end = std::min<int64_t>(begin + each, int64_t(shifts.size()));
-        const Scratch<T> x(radius ? 0 : clusters * ld()), y(clusters * ld()), valid(width()), held((end - begin) * squared() * lanes);
-        std::fill_n(held.get(), (end - begin) * squared() * lanes, T(0));
+        const Scratch<T> x(radius ? 0 : clusters * ld()), y(clusters * ld()), valid(width()), held((end - begin) * squared() * lanes, T(0));
         double* const out = partial.data() + chunk * entries + begin * squared();
         const int64_t last = count * (chunk + 1) / chunks;
         int64_t waiting = 0;

@@ -4,14 +4,10 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 namespace pix2rep {
 namespace PIX2REP_ISA {
-
-#include "simd.h"
 
 namespace {
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "tables.h"
+
 namespace pix2rep {
 
 constexpr int64_t kJointStep = 64;
@@ -24,18 +26,8 @@ struct JointKernels {
   void (*window_sums)(T* x, int64_t count, int64_t step, int64_t width, T* out);
 };
 
-#define PIX2REP_JOINT_TABLES                    \
-  extern const JointKernels<float> joint_float; \
-  extern const JointKernels<double> joint_double;
-namespace baseline {
-PIX2REP_JOINT_TABLES
-}
-namespace avx2 {
-PIX2REP_JOINT_TABLES
-}
-namespace avx512 {
-PIX2REP_JOINT_TABLES
-}
-#undef PIX2REP_JOINT_TABLES
+PIX2REP_TABLES(
+  extern const JointKernels<float> joint_float;
+  extern const JointKernels<double> joint_double;)
 
 }  // namespace pix2rep

@@ -8,15 +8,13 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <type_traits>
 #include <vector>
 
 #include "isa.h"
 #include "lncc_kernels.h"
+#include "scratch.h"
 
 namespace pix2rep {
 
@@ -25,8 +23,6 @@ constexpr int64_t kLnccColumns = 512;               // that a box has at most
 constexpr int64_t kLnccNarrow = 128;                // columns that a box is not cut below for the cache,
 constexpr int64_t kLnccLeast = 8;                   // nor rows or planes below
 
-inline int64_t bytes_of(Storage storage) { return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2; }
-
 // [B, C, D, H, W], D = 1 in 2D; strides in values.
 struct LnccMap {
   char* data;
@@ -34,7 +30,7 @@ struct LnccMap {
   int64_t stride[5];
 
   char* at(const int64_t* channel, int64_t z, int64_t y, int64_t x) const {
-    return data + (channel[0] * stride[0] + channel[1] * stride[1] + z * stride[2] + y * stride[3] + x * stride[4]) * bytes_of(storage);
+    return data + (channel[0] * stride[0] + channel[1] * stride[1] + z * stride[2] + y * stride[3] + x * stride[4]) * kBytes[int(storage)];
   }
 };
 
@@ -87,11 +83,8 @@ template <class T>
 class LnccSweep {
  public:
   LnccSweep(const LnccProblem& problem, const int64_t* largest, int64_t reach)
-      : p_(problem), kernels_(lncc_kernels<T>()), plan_(problem, largest, reach), eps_(T(problem.eps)), slots_(std::max(plan_.taps[0], plan_.taps[1])) {
-    const size_t bytes = (size_t(plan_.end) * sizeof(T) + 63) / 64 * 64;
-    memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (!memory_) throw std::bad_alloc();
-    std::memset(memory_.get(), 0, bytes);
+      : p_(problem), kernels_(lncc_kernels<T>()), plan_(problem, largest, reach), memory_(plan_.end, T(0)), eps_(T(problem.eps)),
+        slots_(std::max(plan_.taps[0], plan_.taps[1])) {
     T count = 1, k = T(problem.window);
     for (int a = problem.solid ? 0 : 1; a < 3; ++a, count *= k) {
       const int64_t taps = plan_.taps[a];
@@ -150,10 +143,6 @@ class LnccSweep {
   }
 
  private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-
   int64_t radius(int axis) const { return plan_.radius[axis]; }
   int64_t first(int axis) const { return box_->first[axis]; }
   int64_t end(int axis) const { return box_->first[axis] + box_->size[axis]; }
@@ -230,8 +219,8 @@ class LnccSweep {
   const LnccProblem& p_;
   const LnccKernels<T>& kernels_;
   const LnccPlan<T> plan_;
+  const Scratch<T> memory_;
   const T eps_;
-  std::unique_ptr<T, Free> memory_;
   std::vector<T> steps_[3], weights_[3];
   LnccAxis<T> axis_[3] = {};
   std::vector<const T*> slots_;

@@ -1,74 +1,12 @@
 // Lines of lncc: columns run along the vectors, windows are summed tap by tap.
 #include "lncc_kernels.h"
 
-#include <cstring>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "convert.h"
 
 namespace pix2rep {
 namespace PIX2REP_ISA {
 
-#include "simd.h"
-
 namespace {
-
-// 16-bit storage by its bits; rounding is to nearest even.
-struct F16 {
-  uint16_t bits;
-};
-struct BF16 {
-  uint16_t bits;
-};
-
-template <class To, class From>
-static inline To as(From x) {
-  To out;
-  std::memcpy(&out, &x, sizeof(out));
-  return out;
-}
-
-static inline double value(double x) { return x; }
-static inline float value(float x) { return x; }
-static inline float value(BF16 x) { return as<float>(uint32_t(x.bits) << 16); }
-static inline float value(F16 x) {
-  // Scaling moves the exponent's bias, exactly for denormals too; inf and NaN keep all exponent bits.
-  const float scaled = as<float>(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
-  const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-  return as<float>(as<uint32_t>(scaled) | special | uint32_t(x.bits & 0x8000) << 16);
-}
-
-static inline void set(double& to, double x) { to = x; }
-static inline void set(float& to, double x) { to = float(x); }
-static inline void set(BF16& to, float x) {
-  const uint32_t bits = as<uint32_t>(x);
-  to.bits = x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
-}
-static inline void set(F16& to, float x) {
-  const uint32_t bits = as<uint32_t>(x), size = bits & 0x7fffffffu;
-  // Below 2^-14 the sum with 1/2 ends at a half's last bit, so that the addition rounds.
-  const uint32_t small = as<uint32_t>(as<float>(size) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (size - 0x38000000u + 0xfff + (size >> 13 & 1)) >> 13;
-  const uint32_t finite = size < 0x38800000u ? small : normal;
-  const uint32_t half = size > 0x7f800000u ? 0x7e00u : size >= 0x47800000u ? 0x7c00u : finite;
-  to.bits = uint16_t(half | (bits >> 16 & 0x8000u));
-}
-
-template <class S, class T>
-void load_line(const void* from, int64_t stride, int64_t n, T* to) {
-  const S* p = static_cast<const S*>(from);
-  if (stride == 1)
-    for (int64_t x = 0; x < n; ++x) to[x] = T(value(p[x]));
-  else
-    for (int64_t x = 0; x < n; ++x) to[x] = T(value(p[x * stride]));
-}
-
-template <class S, class T>
-void store_line(const T* from, int64_t n, void* to) {
-  S* p = static_cast<S*>(to);
-  for (int64_t x = 0; x < n; ++x) set(p[x], from[x]);
-}
 
 template <class T>
 struct Parts {
@@ -211,9 +149,7 @@ void gather(const T* const* sums, int64_t taps, const T* pixels, bool both, int6
 
 template <class T>
 constexpr LnccKernels<T> table() {
-  return {{load_line<F16, T>, load_line<BF16, T>, load_line<float, T>, load_line<double, T>},
-          {store_line<F16, T>, store_line<BF16, T>, store_line<float, T>, store_line<double, T>},
-          merge_slots<true, T>, merge_slots<false, T>, score<T>, weigh<T>, spread<T>, gather<T>};
+  return {lines<T>(), merge_slots<true, T>, merge_slots<false, T>, score<T>, weigh<T>, spread<T>, gather<T>};
 }
 
 }  // namespace

@@ -8,11 +8,10 @@
 // Every kernel makes n values a line and may write up to a vector more; with `both` off nothing of B' and dJ is made.
 #pragma once
 
-#include <cstdint>
+#include "storage.h"
+#include "tables.h"
 
 namespace pix2rep {
-
-enum class Storage { f16, bf16, f32, f64 };
 
 // One axis of a window of k parts: `taps` side by side, merged one after the other, and the others outside the image wherever the window is.
 template <class T>
@@ -23,9 +22,7 @@ struct LnccAxis {
 };
 
 template <class T>
-struct LnccKernels {
-  void (*load[4])(const void* from, int64_t stride, int64_t n, T* to);  // by Storage
-  void (*store[4])(const T* from, int64_t n, void* to);
+struct LnccKernels : Lines<T> {
   // Parts of pixels, or of smaller parts, one below the other: a slot a tap.
   void (*pixels)(const T* const* slots, const LnccAxis<T>&, int64_t n, int64_t line, T* parts);
   void (*merge)(const T* const* slots, const LnccAxis<T>&, int64_t n, int64_t line, T* parts);
@@ -38,18 +35,8 @@ struct LnccKernels {
   void (*gather)(const T* const* sums, int64_t taps, const T* pixels, bool both, int64_t n, int64_t line, T* out);
 };
 
-#define PIX2REP_LNCC_TABLES                   \
-  extern const LnccKernels<float> lncc_float; \
-  extern const LnccKernels<double> lncc_double;
-namespace baseline {
-PIX2REP_LNCC_TABLES
-}
-namespace avx2 {
-PIX2REP_LNCC_TABLES
-}
-namespace avx512 {
-PIX2REP_LNCC_TABLES
-}
-#undef PIX2REP_LNCC_TABLES
+PIX2REP_TABLES(
+  extern const LnccKernels<float> lncc_float;
+  extern const LnccKernels<double> lncc_double;)
 
 }  // namespace pix2rep

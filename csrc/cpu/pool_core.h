@@ -3,12 +3,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "isa.h"
 #include "pool_kernels.h"
+#include "scratch.h"
 
 namespace pix2rep {
 
@@ -16,17 +14,6 @@ constexpr int64_t kTasks = 16;                      // wanted of a call, where i
 constexpr int64_t kLeast = 4096;                    // pixels of a chunk, and this many a region: what the chunk's own sums cost is small beside it
 constexpr int64_t kPerRegion = 32;
 constexpr int64_t kSumBytes = int64_t(512) << 10;   // of sums that one task adds to, half of a usual L2 cache
-
-// [B, C, prod(S)] in one of two layouts: channels last (pixel stride, channel stride 1) or planes (channel stride, pixel stride 1).
-template <class S>
-struct PoolMap {
-  S* data;
-  int64_t batch, channels, pixels;
-  int64_t batch_stride, stride;
-  bool channels_last;
-
-  S* at(int64_t b, int64_t c, int64_t p) const { return data + b * batch_stride + (channels_last ? p * stride + c : c * stride + p); }
-};
 
 template <class L>
 struct PoolLabels {
@@ -48,22 +35,6 @@ struct PoolLabels {
     }
     return made;
   }
-};
-
-// Memory that nobody has written yet.
-template <class T>
-class PoolScratch {
- public:
-  explicit PoolScratch(int64_t count) : memory_(static_cast<T*>(std::aligned_alloc(64, (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64))) {
-    if (!memory_) throw std::bad_alloc();
-  }
-  T* get() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> memory_;
 };
 
 template <class S>
@@ -92,15 +63,15 @@ inline Pieces chunks_of(int64_t batch, int64_t pixels, int64_t least) {
 
 // means [B, R, C], counts [B, R].
 template <class S, class L, class Parallel>
-void pool_forward(const PoolMap<const S>& map, const PoolLabels<L>& labels, const Parallel& parallel, Compute<S>* means, int64_t* counts) {
+void pool_forward(const Map<const S>& map, const PoolLabels<L>& labels, const Parallel& parallel, Compute<S>* means, int64_t* counts) {
   const auto& kernels = pool_kernels<S>();
   const int64_t regions = labels.regions;
   const Pieces chunks = chunks_of(map.batch, map.pixels, std::max(kLeast, kPerRegion * regions));
   const int64_t cached = std::max<int64_t>(kSumBytes / (std::max<int64_t>(regions, 1) * int64_t(sizeof(double))) / kPlanes * kPlanes, kPlanes);
   const Pieces blocks(map.channels, std::min(std::max<int64_t>(map.channels, 1), map.channels_last ? std::max<int64_t>(cached, 4 * kPlanes) : cached));
   const int64_t size = regions * blocks.size, parts = map.batch * chunks.count;
-  const PoolScratch<double> sums(parts * blocks.count * size);   // [B][chunk][block][R][channel of the block]
-  const PoolScratch<int64_t> sizes(parts * regions);             // [B][chunk][R]
+  const Scratch<double> sums(parts * blocks.count * size);   // [B][chunk][block][R][channel of the block]
+  const Scratch<int64_t> sizes(parts * regions);             // [B][chunk][R]
   parallel(parts * blocks.count, [&](int64_t task) {
     const int64_t part = task / blocks.count, block = task % blocks.count, b = part / chunks.count, chunk = part % chunks.count;
     const int64_t c = blocks.begin(block), channels = blocks.length(block), stop = chunks.begin(chunk) + chunks.length(chunk);
@@ -135,10 +106,10 @@ void pool_forward(const PoolMap<const S>& map, const PoolLabels<L>& labels, cons
 
 // Every element of `map` is written.
 template <class S, class L, class Parallel>
-void pool_backward(const Compute<S>* grad, const int64_t* counts, const PoolLabels<L>& labels, const Parallel& parallel, const PoolMap<S>& map) {
+void pool_backward(const Compute<S>* grad, const int64_t* counts, const PoolLabels<L>& labels, const Parallel& parallel, const Map<S>& map) {
   const auto& kernels = pool_kernels<S>();
   const int64_t regions = labels.regions, channels = map.channels, size = (regions + 1) * channels;
-  const PoolScratch<S> table(map.batch * size);  // the last row is that of no region
+  const Scratch<S> table(map.batch * size);  // the last row is that of no region
   const Pieces rows(regions + 1, std::max<int64_t>(divide_up(kLeast, std::max<int64_t>(channels, 1)), 1));
   parallel(map.batch * rows.count, [&](int64_t task) {
     const int64_t b = task / rows.count, first = rows.begin(task % rows.count), stop = first + rows.length(task % rows.count);

@@ -2,17 +2,10 @@
 // Additions are in double and in the order of the pixels, so that every instruction set gives the same bits.
 #include "pool_kernels.h"
 
-#include <cstring>
-#include <utility>
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "convert.h"
 
 namespace pix2rep {
 namespace PIX2REP_ISA {
-
-#include "simd.h"
 
 namespace {
 
@@ -27,34 +20,6 @@ constexpr int kGroup = 8;
 typedef float Floats __attribute__((vector_size(PIX2REP_VECTOR_BYTES / 2)));
 typedef uint32_t Words __attribute__((vector_size(PIX2REP_VECTOR_BYTES / 2)));
 typedef uint16_t Halves __attribute__((vector_size(PIX2REP_VECTOR_BYTES / 4)));
-
-// 16-bit storage as float, by bits; V and W are vectors or scalars of float and uint32.
-template <class V, class W>
-static inline V widen_bits(W bits, BF16) {
-  const W wide = bits << 16;
-  V out;
-  std::memcpy(&out, &wide, sizeof(out));
-  return out;
-}
-
-template <class V, class W>
-static inline V widen_bits(W bits, F16) {
-  const W magnitude = (bits & 0x7fff) << 13;
-  V out;
-  std::memcpy(&out, &magnitude, sizeof(out));
-  out *= 0x1p112f;  // moves the exponent's bias, exact for denormals too
-  W wide;
-  std::memcpy(&wide, &out, sizeof(out));
-  const W special = (bits & 0x7c00) == 0x7c00 ? W{} + 0x7f800000u : W{};  // inf and NaN keep their exponent
-  wide |= special | (bits & 0x8000) << 16;
-  std::memcpy(&out, &wide, sizeof(out));
-  return out;
-}
-
-static inline double widen(float x) { return x; }
-static inline double widen(double x) { return x; }
-static inline double widen(BF16 x) { return widen_bits<float, uint32_t>(x.bits, x); }
-static inline double widen(F16 x) { return widen_bits<float, uint32_t>(x.bits, x); }
 
 static inline Vec<double> to_double(Floats x) {
 #if defined(__AVX512F__)  // gcc 12 takes __builtin_convertvector apart
@@ -112,24 +77,6 @@ void add_rows(const S* rows, int64_t row_stride, const Run* runs, int count, int
   }
 }
 
-// Tiles of width x width in registers: stage h exchanges the off-diagonal quarters of size h.
-template <class T, int Half, size_t... Lane>
-static inline void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<Lane...>) {
-  constexpr int W = Simd<T>::width;
-  const Vec<T> low = __builtin_shufflevector(a, b, (Lane & Half ? int(Lane) - Half + W : int(Lane))...);
-  const Vec<T> high = __builtin_shufflevector(a, b, (Lane & Half ? int(Lane) + W : int(Lane) + Half)...);
-  a = low, b = high;
-}
-
-template <class T, int Half = Simd<T>::width / 2>
-static inline void transpose(Vec<T> (&tile)[Simd<T>::width]) {
-  constexpr int W = Simd<T>::width;
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    if (!(i & Half)) exchange<T, Half>(tile[i], tile[i + Half], std::make_index_sequence<W>{});
-  if constexpr (Half > 1) transpose<T, Half / 2>(tile);
-}
-
 // Storage moved through lanes of float or double: 16 bits travel in 32 as they are.
 template <class S>
 using Lane = std::conditional_t<sizeof(S) == 8, double, float>;
@@ -175,7 +122,7 @@ static inline void turn(const S* planes, int64_t stride, int pixels, int64_t cha
         for (int64_t i = 0; i < height; ++i) std::memcpy(some + i * W, from + i * stride, (pixels - p < W ? pixels - p : W) * sizeof(S));
         for (int i = 0; i < W; ++i) tile[i] = take(some + i * W);
       }
-      transpose<L>(tile);
+      transpose_tile<L>(tile);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
         if constexpr (sizeof(S) == 2) tile[i] = widen_bits<Vec<float>>((Unpacked)tile[i], S{});
@@ -226,34 +173,9 @@ void mean(const double* partials, int64_t stride, int64_t many, int64_t count, i
   }
 }
 
-static inline float narrow(float x, float) { return x; }
-static inline double narrow(double x, double) { return x; }
-
-static inline BF16 narrow(float x, BF16) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return {uint16_t(x == x ? rounded : 0x7fc0)};
-}
-
-static inline F16 narrow(float x, F16) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  const float shifted = __builtin_fabsf(x) + 0.5f;  // 24 bits below 2^-1 end where a denormal's 10 do
-  uint32_t denormal;
-  std::memcpy(&denormal, &shifted, 4);
-  denormal -= 126u << 23;
-  uint32_t half = magnitude < (113u << 23) ? denormal : normal;
-  half = magnitude >= (143u << 23) ? 0x7c00u : half;
-  half = x == x ? half : 0x7e00u;
-  return {uint16_t(half | sign)};
-}
-
 template <class S>
 void share(const Compute<S>* grad, int64_t count, int64_t channels, S* row) {
-  for (int64_t c = 0; c < channels; ++c) row[c] = narrow(count ? grad[c] / Compute<S>(count) : Compute<S>(0), S{});
+  for (int64_t c = 0; c < channels; ++c) narrow(count ? grad[c] / Compute<S>(count) : Compute<S>(0), row[c]);
 }
 
 // `count` copies of `bytes` at `to`, `stride` bytes apart; N vectors at a time.
@@ -302,7 +224,7 @@ void put_planes(const S* table, int64_t table_stride, const Run* runs, int count
       if (p + W <= pixels) {
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) tile[i] = take(rows[p + i] + c);
-        transpose<L>(tile);
+        transpose_tile<L>(tile);
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) put(planes + (c + i) * plane_stride + p, tile[i]);
         continue;

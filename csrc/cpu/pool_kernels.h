@@ -1,21 +1,10 @@
 // The kernels of pool, one table for each instruction set. Pixels come in tiles, as runs of equal labels; sums are double whatever is summed.
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
+#include "storage.h"
+#include "tables.h"
 
 namespace pix2rep {
-
-// 16-bit storage; the arithmetic is wider.
-struct F16 {
-  uint16_t bits;
-};
-struct BF16 {
-  uint16_t bits;
-};
-// The type of the means.
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 constexpr int kTile = 256;    // pixels
 constexpr int kPlanes = 16;   // channels that are turned into rows together, a cache line of float
@@ -28,7 +17,7 @@ struct Run {
 
 template <class S>
 struct PoolKernels {
-  using T = Compute<S>;
+  using T = Compute<S>;  // of the means
 
   // sums[region][c] += rows[p][c] over the pixels of each run, in order.
   void (*add_rows)(const S* rows, int64_t row_stride, const Run* runs, int count, int64_t channels, double* sums, int64_t sums_stride);
@@ -44,20 +33,10 @@ struct PoolKernels {
   void (*put_planes)(const S* table, int64_t table_stride, const Run* runs, int count, int64_t channels, S* planes, int64_t plane_stride);
 };
 
-#define PIX2REP_POOL_TABLES                   \
-  extern const PoolKernels<float> pool_float;   \
-  extern const PoolKernels<double> pool_double; \
-  extern const PoolKernels<F16> pool_f16;       \
-  extern const PoolKernels<BF16> pool_bf16;
-namespace baseline {
-PIX2REP_POOL_TABLES
-}
-namespace avx2 {
-PIX2REP_POOL_TABLES
-}
-namespace avx512 {
-PIX2REP_POOL_TABLES
-}
-#undef PIX2REP_POOL_TABLES
+PIX2REP_TABLES(
+  extern const PoolKernels<float> pool_float;
+  extern const PoolKernels<double> pool_double;
+  extern const PoolKernels<F16> pool_f16;
+  extern const PoolKernels<BF16> pool_bf16;)
 
 }  // namespace pix2rep

@@ -1,5 +1,15 @@
-// Vectors of the compiler's own extension, as wide as the instruction set in force. Included by `<op>_kernels.cpp` only, inside its namespace.
+// Vectors of the compiler's own extension, as wide as the instruction set in force. Included by `<op>_kernels.cpp` only.
 // Nothing here may be an inline function of external linkage: the linker would keep one copy for all instruction sets.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define PIX2REP_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -8,6 +18,8 @@
 #define PIX2REP_VECTOR_BYTES 16
 #endif
 
+namespace pix2rep {
+namespace PIX2REP_ISA {
 namespace {
 
 template <class T>
@@ -54,6 +66,24 @@ static inline T horizontal_sum(Vec<T> v) {
   return sum;
 }
 
+// Tiles of width x width in registers: stage h exchanges the off-diagonal quarters of size h.
+template <class T, int Half, size_t... Lane>
+static inline void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<Lane...>) {
+  constexpr int W = Simd<T>::width;
+  const Vec<T> low = __builtin_shufflevector(a, b, (Lane & Half ? int(Lane) - Half + W : int(Lane))...);
+  const Vec<T> high = __builtin_shufflevector(a, b, (Lane & Half ? int(Lane) + W : int(Lane) + Half)...);
+  a = low, b = high;
+}
+
+template <class T, int Half = Simd<T>::width / 2>
+static inline void transpose_tile(Vec<T> (&tile)[Simd<T>::width]) {
+  constexpr int W = Simd<T>::width;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & Half)) exchange<T, Half>(tile[i], tile[i + Half], std::make_index_sequence<W>{});
+  if constexpr (Half > 1) transpose_tile<T, Half / 2>(tile);
+}
+
 // 2^x of float: round to the nearest integer n, then a degree-6 minimax polynomial of x - n in [-1/2, 1/2] (relative error 1e-8, below one
 // rounding). NaN stays NaN; below -126 the result is 0 or denormal, above 128 inf.
 static inline Vec<float> exp2(Vec<float> x) {
@@ -92,3 +122,5 @@ static inline Vec<double> exp2(Vec<double> x) {
 }
 
 }  // namespace
+}  // namespace PIX2REP_ISA
+}  // namespace pix2rep

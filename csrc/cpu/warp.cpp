@@ -34,9 +34,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor features, Tensor grid, Sizes s
                                            std::string padding_mode, bool normalize) {
   const Sizes shape = shape_of(features);
   const Arguments in(grid, size, points, mode, align_corners, padding_mode, shape);
-  const auto norm_type = features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor rows = torch::stable::new_empty(features, {in.count, shape[1]}), inside = torch::stable::new_empty(features, {in.count}, ScalarType::Bool);
-  Tensor norms = torch::stable::new_empty(features, {normalize ? in.count : 0}, norm_type);
+  Tensor norms = torch::stable::new_empty(features, {normalize ? in.count : 0}, compute_type(features));
   if (in.count == 0) return {rows, inside, norms};
   with_storage(features.scalar_type(), "features", [&](auto zero) {
     using S = decltype(zero);
@@ -59,9 +58,8 @@ Tensor backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes 
   PIX2REP_EXPECT(rows.dim() == 2 && rows.size(0) == in.count && rows.size(1) == shape[1], "rows", "have shape [P, C]", rows.dim(),
                  " axes of which the first is ", rows.size(0));
   if (normalize) {
-    const auto norm_type = rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     PIX2REP_EXPECT(norms.dim() == 1 && norms.size(0) == in.count, "norms", "have shape [P]", norms.dim(), " axes");
-    PIX2REP_EXPECT(norms.scalar_type() == norm_type, "norms", "be float32, or float64 for float64 rows", "scalar type ", int(norms.scalar_type()));
+    PIX2REP_EXPECT(norms.scalar_type() == compute_type(rows), "norms", "be float32, or float64 for float64 rows", "scalar type ", int(norms.scalar_type()));
     norms = torch::stable::contiguous(norms);
   }
   grad_rows = torch::stable::contiguous(grad_rows), rows = torch::stable::contiguous(rows);
@@ -71,7 +69,8 @@ Tensor backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes 
       using S = decltype(zero);
       in.with_grid([&](const auto& w) {
         warp_backward<S>(static_cast<const S*>(grad_rows.data_ptr()), static_cast<const S*>(rows.data_ptr()),
-                         normalize ? data<Compute<S>>(norms) : nullptr, w, in.points(), TorchParallel{}, map_of_gradient<S>(grad, in, channels_last));
+                         normalize ? data<Compute<S>>(norms) : nullptr, w, in.points(), TorchParallel{},
+                         map_of_gradient<S>(grad, shape, channels_last || shape[1] == 1));
       });
     });
   return in_place(grad, channels_last);

@@ -1,40 +1,15 @@
-// What warp and align are told, checked: a grid, the size of its output, the options; maps and gradients as raw memory.
+// What warp and align are told, checked: a grid, the size of its output, the options.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <string>
 #include <vector>
 
-#include "../common/check.h"
-#include "../common/view.h"
+#include "maps.h"
 #include "warp_core.h"
 
 namespace pix2rep {
-
-using Sizes = std::vector<int64_t>;
-
-template <class F>
-void with_storage(ScalarType type, const char* argument, const F& f) {
-  if (type == ScalarType::Half) return f(F16{});
-  if (type == ScalarType::BFloat16) return f(BF16{});
-  with_float_type(type, argument, [&](auto zero) {
-    if constexpr (sizeof(zero) > 2) f(zero);
-  });
-}
-
-inline int64_t product(const int64_t* begin, const int64_t* end) {
-  int64_t out = 1;
-  for (; begin != end; ++begin) out *= *begin;
-  return out;
-}
-
-inline Sizes shape_of(const Tensor& tensor) {
-  Sizes shape;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape.push_back(tensor.size(axis));
-  return shape;
-}
 
 // One grid over a map of the given shape; the names are those of the map and the grid.
 struct GridArguments {
@@ -97,49 +72,5 @@ struct GridArguments {
     PIX2REP_EXPECT(fits, name, "have shape [B, d, d + 1] or [B, *size, d]", grid.dim(), " axes");
   }
 };
-
-// A tensor as a map, copied when it is in neither layout: `held` keeps the copy.
-template <class S>
-Map<const S> map_of(const Tensor& features, Tensor& held) {
-  const auto pixels_at = [&](const Tensor& t, int64_t stride) {  // whether the spatial axes are one axis of that stride
-    for (int64_t axis = t.dim() - 1; axis >= 2; --axis) {
-      if (t.size(axis) > 1 && t.stride(axis) != stride) return false;
-      stride *= t.size(axis);
-    }
-    return true;
-  };
-  held = features;
-  int64_t pixel_stride = 1;
-  for (int64_t axis = features.dim() - 1; axis >= 2; --axis)
-    if (features.size(axis) > 1) {
-      pixel_stride = features.stride(axis);
-      break;
-    }
-  const bool last = features.stride(1) == 1 && features.size(1) > 1 && pixels_at(features, pixel_stride);
-  if (!last && !pixels_at(features, 1)) held = torch::stable::contiguous(features);
-  Map<const S> map{reinterpret_cast<const S*>(held.data_ptr()), held.size(0), held.size(1), 1, held.stride(0), last ? pixel_stride : held.stride(1), last};
-  for (int64_t axis = 2; axis < held.dim(); ++axis) map.pixels *= held.size(axis);
-  return map;
-}
-
-// A gradient of that shape and the dtype of `like`. Channels-last memory is allocated as [B, *S, C]: `in_place` puts the axes in place at the end.
-inline Tensor new_gradient(const Tensor& like, Sizes shape, bool channels_last) {
-  const int64_t channels = shape[1];
-  if (channels_last) shape.erase(shape.begin() + 1), shape.push_back(channels);
-  return torch::stable::new_empty(like, shape);
-}
-
-inline Tensor in_place(Tensor gradient, bool channels_last) {
-  if (channels_last)
-    for (int64_t axis = gradient.dim() - 1; axis > 1; --axis) gradient = torch::stable::transpose(gradient, axis - 1, axis);
-  return gradient;
-}
-
-template <class S>
-Map<S> map_of_gradient(const Tensor& gradient, const GridArguments& in, bool channels_last) {
-  const int64_t channels = in.shape[1], pixels = in.pixels();
-  const bool last = channels_last || channels == 1;
-  return {static_cast<S*>(gradient.data_ptr()), in.shape[0], channels, pixels, channels * pixels, last ? channels : pixels, last};
-}
 
 }  // namespace pix2rep

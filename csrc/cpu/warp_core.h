@@ -8,12 +8,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "isa.h"
+#include "scratch.h"
 #include "warp_kernels.h"
 
 namespace pix2rep {
@@ -22,33 +20,6 @@ constexpr int64_t kFew = 8;                          // channels below which vec
 constexpr int64_t kCopyBytes = int64_t(4) << 20;     // of images copied at a time, one at least: in cache, and its pages stay mapped
 constexpr int64_t kBlockBytes = int64_t(512) << 10;  // of gradient that one task holds, half of a usual L2 cache
 constexpr int64_t kLine = 16;                        // channels of a block are a multiple, a cache line of float
-
-// [B, C, prod(S)] in one of two layouts: channels last (pixel_stride, channel stride 1) or planes (channel_stride, pixel stride 1).
-template <class S>
-struct Map {
-  S* data;
-  int64_t batch, channels, pixels;
-  int64_t batch_stride, stride;
-  bool channels_last;
-
-  S* image(int64_t b) const { return data + b * batch_stride; }
-};
-
-// Memory that nobody has written yet, from a cache line on. (std::aligned_alloc of glibc before 2.38 takes a fresh piece each time, however many it freed.)
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : memory_(std::malloc(size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63)) {
-    if (!memory_) throw std::bad_alloc();
-  }
-  T* get() const { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64); }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> memory_;
-};
 
 // Points grouped by image, in their own order inside it, and cut in chunks.
 struct Points {

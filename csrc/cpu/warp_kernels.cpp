@@ -1,18 +1,10 @@
 // Gathers, scatters and transposes of warp: channels run along the vectors, except from planes, where points do.
 #include "warp_kernels.h"
 
-#include <cstring>
-#include <utility>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "warp_rows.h"
 
 namespace pix2rep {
 namespace PIX2REP_ISA {
-
-#include "simd.h"
-#include "warp_rows.h"
 
 namespace {
 
@@ -50,24 +42,6 @@ void gather(const Chunk<Compute<S>>& chunk, const X* image, int64_t stride, int6
   }
 }
 
-// Tiles of width x width in registers: stage h exchanges the off-diagonal quarters of size h.
-template <class T, int Half, size_t... Lane>
-static inline void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<Lane...>) {
-  constexpr int W = Simd<T>::width;
-  const Vec<T> low = __builtin_shufflevector(a, b, (Lane & Half ? int(Lane) - Half + W : int(Lane))...);
-  const Vec<T> high = __builtin_shufflevector(a, b, (Lane & Half ? int(Lane) + W : int(Lane) + Half)...);
-  a = low, b = high;
-}
-
-template <class T, int Half>
-static inline void transpose_stages(Vec<T> (&tile)[Simd<T>::width]) {
-  constexpr int W = Simd<T>::width;
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    if (!(i & Half)) exchange<T, Half>(tile[i], tile[i + Half], std::make_index_sequence<W>{});
-  if constexpr (Half > 1) transpose_stages<T, Half / 2>(tile);
-}
-
 template <class A, class B>
 void transpose(const A* from, int64_t from_stride, int64_t rows, int64_t columns, B* to, int64_t to_stride) {
   using T = Compute<A>;
@@ -79,12 +53,12 @@ void transpose(const A* from, int64_t from_stride, int64_t rows, int64_t columns
       if (nr == W && nc == W) {
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) tile[i] = read(from + (r + i) * from_stride + c);
-        transpose_stages<T, W / 2>(tile);
+        transpose_tile<T>(tile);
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) write(to + (c + i) * to_stride + r, tile[i]);
       } else {
         for (int64_t i = 0; i < nr; ++i) tile[i] = nc == W ? read(from + (r + i) * from_stride + c) : read_some(from + (r + i) * from_stride + c, nc);
-        transpose_stages<T, W / 2>(tile);
+        transpose_tile<T>(tile);
         for (int64_t i = 0; i < nc; ++i) {
           B* p = to + (c + i) * to_stride + r;
           nr == W ? write(p, tile[i]) : write_some(p, tile[i], nr);

@@ -1,20 +1,10 @@
 // The kernels of warp, one table for each instruction set: points come in chunks of one image, channels are contiguous where a row is meant.
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
+#include "storage.h"
+#include "tables.h"
 
 namespace pix2rep {
-
-// 16-bit storage; the arithmetic is float.
-struct F16 {
-  uint16_t bits;
-};
-struct BF16 {
-  uint16_t bits;
-};
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 constexpr int kChunk = 64;     // points
 constexpr int kMaxTaps = 16;   // of a point
@@ -78,24 +68,14 @@ struct WarpKernels {
   void (*convert)(const T* from, int64_t count, S* to);
 };
 
-#define PIX2REP_WARP_TABLES                             \
-  extern const WarpKernels<float> warp_float;           \
-  extern const WarpKernels<double> warp_double;         \
-  extern const WarpKernels<F16> warp_f16;               \
-  extern const WarpKernels<BF16> warp_bf16;             \
-  extern const WarpTaps<float, float> warp_taps_ff;     \
-  extern const WarpTaps<float, double> warp_taps_fd;    \
-  extern const WarpTaps<double, float> warp_taps_df;    \
-  extern const WarpTaps<double, double> warp_taps_dd;
-namespace baseline {
-PIX2REP_WARP_TABLES
-}
-namespace avx2 {
-PIX2REP_WARP_TABLES
-}
-namespace avx512 {
-PIX2REP_WARP_TABLES
-}
-#undef PIX2REP_WARP_TABLES
+PIX2REP_TABLES(
+  extern const WarpKernels<float> warp_float;
+  extern const WarpKernels<double> warp_double;
+  extern const WarpKernels<F16> warp_f16;
+  extern const WarpKernels<BF16> warp_bf16;
+  extern const WarpTaps<float, float> warp_taps_ff;
+  extern const WarpTaps<float, double> warp_taps_fd;
+  extern const WarpTaps<double, float> warp_taps_df;
+  extern const WarpTaps<double, double> warp_taps_dd;)
 
 }  // namespace pix2rep

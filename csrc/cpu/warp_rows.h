@@ -1,56 +1,12 @@
-// Rows of channels in any storage: read, written, summed, scaled and added with channels along the vectors. Included by `<op>_kernels.cpp` after simd.h,
-// inside its namespace.
+// Rows of channels in any storage: read, written, summed, scaled and added with channels along the vectors.
+// Included by `<op>_kernels.cpp` only, as simd.h is.
+#pragma once
+
+#include "convert.h"
+
+namespace pix2rep {
+namespace PIX2REP_ISA {
 namespace {
-
-// Storage to float and back, by bits so that every loop over them vectorises; rounding is to nearest even.
-static inline float widen(float x) { return x; }
-static inline double widen(double x) { return x; }
-
-static inline float widen(BF16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
-static inline float widen(F16 x) {
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-  float out;
-  std::memcpy(&out, &magnitude, 4);
-  out *= 0x1p112f;  // moves the exponent's bias, exact for denormals too
-  uint32_t bits;
-  std::memcpy(&bits, &out, 4);
-  bits |= sign | ((x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u);
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
-static inline void narrow(float x, float& out) { out = x; }
-static inline void narrow(double x, double& out) { out = x; }
-
-static inline void narrow(float x, BF16& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out.bits = uint16_t(x == x ? rounded : 0x7fc0);
-}
-
-static inline void narrow(float x, F16& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t sign = bits & 0x80000000u, magnitude = bits ^ sign;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  float absolute;
-  std::memcpy(&absolute, &magnitude, 4);
-  const float shifted = absolute + 0.5f;  // 24 bits below 2^-1 end where a denormal's 10 do
-  uint32_t denormal;
-  std::memcpy(&denormal, &shifted, 4);
-  denormal -= 126u << 23;
-  uint32_t half = magnitude < (113u << 23) ? denormal : normal;
-  half = magnitude >= (143u << 23) ? 0x7c00u : half;
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;
-  out.bits = uint16_t(half | sign >> 16);
-}
 
 template <class S>
 static inline Vec<Compute<S>> read(const S* p) {
@@ -170,3 +126,5 @@ static inline void scaled(const A* from, T scale, int64_t count, B* to) {
 }
 
 }  // namespace
+}  // namespace PIX2REP_ISA
+}  // namespace pix2rep

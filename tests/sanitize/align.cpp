@@ -9,12 +9,6 @@ using namespace sanitize;
 
 namespace {
 
-template <class S>
-constexpr Float kFloat = std::is_same_v<S, double>  ? Float::f64
-                         : std::is_same_v<S, float> ? Float::f32
-                         : std::is_same_v<S, F16>   ? Float::f16
-                                                    : Float::bf16;
-
 struct Sizes {
   int64_t batch, channels, size[3], extent[2][3];  // slowest first, 1 in 2D
   int dims;
@@ -51,7 +45,7 @@ void compare(const Sizes& s, uint64_t seed) {
   std::vector<WarpGrid<G>> where;
   std::vector<std::vector<G>> outputs;
   for (int m = 0; m < 2; ++m) {
-    maps.emplace_back(kFloat<S>, s.batch * C * s.pixels(m));
+    maps.emplace_back(kStorage<S>, s.batch * C * s.pixels(m));
     for (int64_t i = 0; i < maps[m].count; ++i) maps[m].set(i, random.eighths());
     grids.emplace_back(s.batch * entries);
     for (int64_t i = 0; i < grids[m].size(); ++i) grids[m][i] = G(random.uniform(-1.3, 1.3) * (s.affine ? 0.6 : 1));
@@ -79,7 +73,7 @@ void compare(const Sizes& s, uint64_t seed) {
     Values grad[2];
   };
   const auto solve = [&](Threads parallel) {
-    Result out{Exact<T>(count), Exact<T>(count), Exact<T>(count), Exact<bool>(count), {Values(kFloat<S>, maps[0].count), Values(kFloat<S>, maps[1].count)}};
+    Result out{Exact<T>(count), Exact<T>(count), Exact<T>(count), Exact<bool>(count), {Values(kStorage<S>, maps[0].count), Values(kStorage<S>, maps[1].count)}};
     T* const sums[3] = {out.dot.get(), out.sq1.get(), out.sq2.get()};
     align_forward(sides, points, parallel, sums, out.valid.get());
     const T* const from[3] = {upstream[0].get(), upstream[1].get(), upstream[2].get()};
@@ -137,7 +131,7 @@ void compare(const Sizes& s, uint64_t seed) {
   for (int m = 0; m < 2; ++m) {
     double largest = 1;
     for (double x : grad[m]) largest = std::max(largest, std::abs(x));
-    if (s.need[m]) close(name + ", grad", one.grad[m], grad[m], 24 * f_error * double(count) + largest * (2 * epsilon_of(kFloat<S>) + eps * double(count)));
+    if (s.need[m]) close(name + ", grad", one.grad[m], grad[m], 24 * f_error * double(count) + largest * (2 * epsilon_of(kStorage<S>) + eps * double(count)));
   }
 }
 

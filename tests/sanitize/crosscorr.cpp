@@ -8,18 +8,14 @@ using namespace sanitize;
 
 namespace {
 
-crosscorr::Storage storage_of(Float type) {
-  return type == Float::f16 ? crosscorr::Storage::f16 : type == Float::bf16 ? crosscorr::Storage::bf16 : type == Float::f32 ? crosscorr::Storage::f32 : crosscorr::Storage::f64;
-}
-
 // [n, d] row by row, or column by column.
 CrosscorrView view_of(const Values& values, int64_t n, int64_t d, bool columns) {
-  const int64_t bytes = bytes_of_float(values.type);
-  return {values.data(), d, columns ? bytes : d * bytes, columns ? n * bytes : bytes, storage_of(values.type)};
+  const int64_t bytes = bytes_of(values.type);
+  return {values.data(), d, columns ? bytes : d * bytes, columns ? n : 1, values.type};
 }
 
 template <class T>
-void compare(int64_t n, int64_t d1, int64_t d2, Float type_x, Float type_y, bool weighted, bool columns, uint64_t seed) {
+void compare(int64_t n, int64_t d1, int64_t d2, Storage type_x, Storage type_y, bool weighted, bool columns, uint64_t seed) {
   Random random(seed);
   Values x(type_x, n * d1), y(type_y, n * d2);
   Exact<T> weight(n);
@@ -95,11 +91,11 @@ PIX2REP_SANITIZE(crosscorr) {
     for (bool columns : {false, true}) {
       for (int64_t n : {0, 1, 2, 7, 64, 65, 130})
         for (int64_t d : {1, 15, 16, 33, 64}) {
-          compare<float>(n, d, d, Float::f32, Float::f32, weighted, columns, ++seed);
-          compare<double>(n, d, d % 32 + 1, Float::f64, Float::f64, weighted, columns, ++seed);
+          compare<float>(n, d, d, Storage::f32, Storage::f32, weighted, columns, ++seed);
+          compare<double>(n, d, d % 32 + 1, Storage::f64, Storage::f64, weighted, columns, ++seed);
         }
-      compare<float>(700, 32, 48, Float::f16, Float::bf16, weighted, columns, ++seed);
-      compare<float>(3000, 20, 16, Float::bf16, Float::f32, weighted, columns, ++seed);
-      compare<double>(300, 16, 20, Float::f16, Float::f64, weighted, columns, ++seed);
+      compare<float>(700, 32, 48, Storage::f16, Storage::bf16, weighted, columns, ++seed);
+      compare<float>(3000, 20, 16, Storage::bf16, Storage::f32, weighted, columns, ++seed);
+      compare<double>(300, 16, 20, Storage::f16, Storage::f64, weighted, columns, ++seed);
     }
 }

@@ -18,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/storage.h"
+
 namespace sanitize {
 
 // Under ThreadSanitizer 3 threads are compared with 1 and the plain loops, which take most of the time there, are left to the other two.
@@ -115,31 +117,31 @@ inline float from_f16(uint16_t x) {
   return x & 0x8000 ? -size : size;
 }
 
-enum class Float { f16, bf16, f32, f64 };
-inline int64_t bytes_of_float(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
-inline double epsilon_of(Float type) {
-  return type == Float::f16 ? 1.0 / 1024 : type == Float::bf16 ? 1.0 / 128 : double(type == Float::f32 ? std::numeric_limits<float>::epsilon() : std::numeric_limits<double>::epsilon());
+using pix2rep::Storage;
+inline int64_t bytes_of(Storage type) { return pix2rep::kBytes[int(type)]; }
+inline double epsilon_of(Storage type) {
+  return type == Storage::f16 ? 1.0 / 1024 : type == Storage::bf16 ? 1.0 / 128 : double(type == Storage::f32 ? std::numeric_limits<float>::epsilon() : std::numeric_limits<double>::epsilon());
 }
 
 // `count` values of a storage type that is known at run time.
 class Values {
  public:
-  Values(Float type, int64_t count) : type(type), count(count), bytes(count * bytes_of_float(type)) {}
+  Values(Storage type, int64_t count) : type(type), count(count), bytes(count * bytes_of(type)) {}
   double operator[](int64_t i) const {
-    const char* at = bytes.get() + i * bytes_of_float(type);
-    if (type == Float::f64) return read<double>(at);
-    if (type == Float::f32) return double(read<float>(at));
-    return double(type == Float::f16 ? from_f16(read<uint16_t>(at)) : from_bf16(read<uint16_t>(at)));
+    const char* at = bytes.get() + i * bytes_of(type);
+    if (type == Storage::f64) return read<double>(at);
+    if (type == Storage::f32) return double(read<float>(at));
+    return double(type == Storage::f16 ? from_f16(read<uint16_t>(at)) : from_bf16(read<uint16_t>(at)));
   }
   void set(int64_t i, double x) {
-    char* at = bytes.get() + i * bytes_of_float(type);
-    if (type == Float::f64) return write(at, x);
-    if (type == Float::f32) return write(at, float(x));
-    write(at, std::isnan(x) ? uint16_t(0x7fff) : type == Float::f16 ? to_f16(float(x)) : to_bf16(float(x)));
+    char* at = bytes.get() + i * bytes_of(type);
+    if (type == Storage::f64) return write(at, x);
+    if (type == Storage::f32) return write(at, float(x));
+    write(at, std::isnan(x) ? uint16_t(0x7fff) : type == Storage::f16 ? to_f16(float(x)) : to_bf16(float(x)));
   }
   char* data() const { return bytes.get(); }
 
-  const Float type;
+  const Storage type;
   const int64_t count;
 
  private:
@@ -207,7 +209,7 @@ void equal(const std::string& what, const Exact<T>& got, const Exact<T>& want) {
 
 inline void equal(const std::string& what, const Values& got, const Values& want) {
   ++comparisons();
-  if (got.count == want.count && std::memcmp(got.data(), want.data(), size_t(got.count * bytes_of_float(got.type))) == 0) return;
+  if (got.count == want.count && std::memcmp(got.data(), want.data(), size_t(got.count * bytes_of(got.type))) == 0) return;
   std::fprintf(stderr, "%s: not the same bits\n", what.c_str());
   ++failures();
 }

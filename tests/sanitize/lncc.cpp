@@ -7,8 +7,6 @@ using namespace sanitize;
 
 namespace {
 
-Storage storage_of(Float type) { return type == Float::f16 ? Storage::f16 : type == Float::bf16 ? Storage::bf16 : type == Float::f32 ? Storage::f32 : Storage::f64; }
-
 struct Shape {
   int64_t size[5];
   bool solid;
@@ -16,16 +14,16 @@ struct Shape {
 };
 
 LnccMap map_of(const Values& values, const Shape& s, bool channels_last) {
-  LnccMap map{values.data(), storage_of(values.type), {}};
+  LnccMap map{values.data(), values.type, {}};
   int64_t step = 1;
   for (int axis : channels_last ? std::vector<int>{1, 4, 3, 2, 0} : std::vector<int>{4, 3, 2, 1, 0}) map.stride[axis] = step, step *= s.size[axis];
   return map;
 }
 
 template <class T>
-void compare(const Shape& s, int64_t window, Float type, bool last, int wanted, uint64_t seed) {
+void compare(const Shape& s, int64_t window, Storage type, bool last, int wanted, uint64_t seed) {
   constexpr double kEps = 1e-3;
-  const Float compute = sizeof(T) == 8 ? Float::f64 : Float::f32;
+  const Storage compute = sizeof(T) == 8 ? Storage::f64 : Storage::f32;
   Random random(seed);
   Values i(type, s.count()), j(type, s.count()), upstream(compute, s.count());
   for (int64_t p = 0; p < s.count(); ++p) i.set(p, random.eighths()), j.set(p, random.below(2) ? i[p] : random.eighths()), upstream.set(p, random.eighths());
@@ -91,12 +89,12 @@ PIX2REP_SANITIZE(lncc) {
   for (int64_t window : {1, 3, 5, 9})
     for (int wanted : {1, 2, 3}) {
       for (int64_t width : {1, 7, 16, 33}) {
-        compare<float>({{2, 1, 1, 9, width}, false}, window, Float::f32, false, wanted, ++seed);
-        compare<double>({{1, 2, 1, width, 20}, false}, window, Float::f64, true, wanted, ++seed);
+        compare<float>({{2, 1, 1, 9, width}, false}, window, Storage::f32, false, wanted, ++seed);
+        compare<double>({{1, 2, 1, width, 20}, false}, window, Storage::f64, true, wanted, ++seed);
       }
-      compare<float>({{1, 2, 5, 6, 7}, true}, window, Float::f32, wanted == 2, wanted, ++seed);
-      compare<float>({{1, 2, 1, 20, 30}, false}, window, wanted == 1 ? Float::f16 : Float::bf16, true, wanted, ++seed);
+      compare<float>({{1, 2, 5, 6, 7}, true}, window, Storage::f32, wanted == 2, wanted, ++seed);
+      compare<float>({{1, 2, 1, 20, 30}, false}, window, wanted == 1 ? Storage::f16 : Storage::bf16, true, wanted, ++seed);
     }
-  compare<float>({{1, 1, 1, 40, 530}, false}, 3, Float::f32, false, 3, ++seed);  // boxes beside and below each other
-  compare<float>({{1, 1, 1, 1, 1}, true}, 5, Float::f32, false, 3, ++seed);
+  compare<float>({{1, 1, 1, 40, 530}, false}, 3, Storage::f32, false, 3, ++seed);  // boxes beside and below each other
+  compare<float>({{1, 1, 1, 1, 1}, true}, 5, Storage::f32, false, 3, ++seed);
 }

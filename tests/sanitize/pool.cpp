@@ -7,17 +7,11 @@ using namespace sanitize;
 
 namespace {
 
-template <class S>
-constexpr Float kFloat = std::is_same_v<S, double>  ? Float::f64
-                         : std::is_same_v<S, float> ? Float::f32
-                         : std::is_same_v<S, F16>   ? Float::f16
-                                                    : Float::bf16;
-
 template <class S, class L>
 void compare(int64_t batch, int64_t channels, int64_t pixels, int64_t regions, bool last, bool runs, uint64_t seed) {
   using T = Compute<S>;
   Random random(seed);
-  Values features(kFloat<S>, batch * channels * pixels);
+  Values features(kStorage<S>, batch * channels * pixels);
   Exact<L> labels(batch * pixels);
   Exact<T> upstream(batch * regions * channels);
   for (int64_t i = 0; i < features.count; ++i) features.set(i, random.eighths());
@@ -31,9 +25,9 @@ void compare(int64_t batch, int64_t channels, int64_t pixels, int64_t regions, b
     Values grad;
   };
   const auto solve = [&](Threads parallel) {
-    Result out{Exact<T>(batch * regions * channels), Exact<int64_t>(batch * regions), Values(kFloat<S>, features.count)};
-    const PoolMap<const S> map{reinterpret_cast<const S*>(features.data()), batch, channels, pixels, channels * pixels, stride, last};
-    const PoolMap<S> grad{reinterpret_cast<S*>(out.grad.data()), batch, channels, pixels, channels * pixels, stride, last};
+    Result out{Exact<T>(batch * regions * channels), Exact<int64_t>(batch * regions), Values(kStorage<S>, features.count)};
+    const Map<const S> map{reinterpret_cast<const S*>(features.data()), batch, channels, pixels, channels * pixels, stride, last};
+    const Map<S> grad{reinterpret_cast<S*>(out.grad.data()), batch, channels, pixels, channels * pixels, stride, last};
     pool_forward<S>(map, by, parallel, out.means.get(), out.counts.get());
     pool_backward<S>(upstream.get(), out.counts.get(), by, parallel, grad);
     return out;
@@ -60,7 +54,7 @@ void compare(int64_t batch, int64_t channels, int64_t pixels, int64_t regions, b
   });
   const double eps = 4 * double(std::numeric_limits<T>::epsilon());
   close(name + ", counts", one.counts, counts, 0), close(name + ", means", one.means, means, 2 * eps);
-  close(name + ", grad", one.grad, grad, 2 * (eps + epsilon_of(kFloat<S>)));
+  close(name + ", grad", one.grad, grad, 2 * (eps + epsilon_of(kStorage<S>)));
 }
 
 }  // namespace
