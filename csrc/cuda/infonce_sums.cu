@@ -11,7 +11,9 @@ static void launch_form(const Launch& launch, const SumsTask& task) {
 }
 
 void launch_sums(const Launch& launch, const SumsTask& task, bool biased, bool listed) {
-  if (task.own.split || task.own.d > 256) return launch_form<true, true, true>(launch, task);
+  // Chips with 99 KiB a block keep 128 features and stream more.
+  const bool wide = task.own.split || task.own.d > 256 || SumRing<false>::shared_bytes(task.own) > launch.shared_limit();
+  if (wide) return launch_form<true, true, true>(launch, task);
   if (listed) return launch_form<true, true, false>(launch, task);
   if (biased) return launch_form<true, false, false>(launch, task);
   launch_form<false, false, false>(launch, task);

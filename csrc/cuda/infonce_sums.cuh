@@ -12,7 +12,7 @@ namespace pix2rep::infonce {
 constexpr int kSumThreads = 256;  // 4 x 2 warps of 32 x 64 pairs
 
 template <bool kWide>
-using SumRing = Ring<kSumThreads, kTile, 3, 0, 9 * kTile, kWide>;
+using SumRing = Ring<kSumThreads, kTile, kWide ? 2 : 3, 0, 9 * kTile, kWide>;
 
 // kBiased: some rows are invalid, or exp2 needs a shift. kListed: single pairs are left out by ids or positives.
 template <bool kBiased, bool kListed, bool kWide>
