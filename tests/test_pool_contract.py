@@ -210,7 +210,6 @@ def test_memory_is_the_gradient(layout, side):
     assert gradient - 2 < peak_mib(MEMORY, side, layout) < gradient + 6
 
 
-# Compilation for GPUs that are not here
 
 
 STATIC = """
