@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* tests/emulate/*)
 DEMO := runs/demo
 TORCH36 ?= $$(grep '^torch==' requirements.txt)
 
@@ -18,6 +18,7 @@ build: .venv/.built
 
 .venv/.built: .venv/.installed $(SOURCES)
 	$(PIP) install -q --no-build-isolation --no-deps -e .
+	PIX2REP_BUILD=emulate $(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 test: build

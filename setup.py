@@ -110,6 +110,8 @@ class Build(build_ext):
             libraries += ["cudart_static", "rt", "pthread", "dl"]
             folders += [str(cuda_root() / "lib64")]
         self.compiler.link_shared_object(objects, target, libraries=libraries, library_dirs=folders, target_lang="c++")
+        if emulated:
+            return
         facts = {"objects": [], "isas": sorted(ISA_FLAGS), "flags": FLAGS, "machine": platform.machine()}
         path = Path(target).with_name("_build.json")
         if path.exists():
@@ -122,7 +124,8 @@ class Build(build_ext):
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
-        shutil.copy(Path(self.build_lib) / "pix2rep_kernels/_build.json", ROOT / "pix2rep_kernels")
+        if BUILD != "emulate":
+            shutil.copy(Path(self.build_lib) / "pix2rep_kernels/_build.json", ROOT / "pix2rep_kernels")
 
 
 class Wheel(bdist_wheel):
@@ -145,7 +148,8 @@ def extensions() -> list[Extension]:
     cpu = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
     found = [Extension("pix2rep_kernels._C", cpu, py_limited_api=True, language="c++")]
     if BUILD != "cpu" and nvcc():
-        found.append(Extension("pix2rep_kernels._C_cuda", cuda, py_limited_api=True))
+        # Where nvcc is there but fails, of a version that is too old, say, the rest is built all the same.
+        found.append(Extension("pix2rep_kernels._C_cuda", cuda, py_limited_api=True, optional=BUILD == "auto"))
     return found
 
 

@@ -23,7 +23,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
 
 # No GPU measurement has ordered the CUDA entries yet.
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 # (op, backend) that does not exist, and why. Everything else does: `tests/test_names.py` holds it.
 _NOT_YET = "the CUDA C++ kernel is not written yet; the Triton kernel serves CUDA tensors"
