@@ -135,6 +135,8 @@ def test_cpp_arrows_point_one_way():
     for folder, allowed in (("common", ("common",)), ("cpu", ("common", "cpu")), ("cuda", ("common", "cuda"))):
         for path in (ROOT / "csrc" / folder).glob("*.*"):
             for file in included(path)[0]:
+                if file.name == "emulate.h":  # found in tests/emulate, where the kernels are compiled for the CPU
+                    continue
                 assert file.resolve().parent in {ROOT / "csrc" / name for name in allowed}, f"{path} includes {file}"
                 assert file.exists(), f"{path} includes {file}"
 

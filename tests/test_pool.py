@@ -11,7 +11,7 @@ from pix2rep_kernels.testing import error
 from pool_helpers import DEVICE, EVERY, FAST, LABELS, both, compare, none_of, ours, problem
 from sweep import FULL
 
-CPU = [b for b in FAST if b != "triton"]
+CPU = [b for b in FAST if b not in ("triton", "cuda")]  # float64 too
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of inf - inf in the interpreter
 
 # Values and gradients
@@ -52,10 +52,10 @@ TRITON_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif("triton" not in EVERY, reason="triton does not run here")
+@pytest.mark.parametrize("backend", [b for b in EVERY if b in ("triton", "cuda")])
 @pytest.mark.parametrize("case", TRITON_CASES, ids=lambda case: "-".join(str(v) for v in case.values()).replace("torch.", ""))
-def test_triton(case):
-    compare("triton", *problem(**case))
+def test_gpu_kernels(case, backend):
+    compare(backend, *problem(**case))
 
 
 # Properties
