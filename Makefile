@@ -38,7 +38,7 @@ static: build
 
 # The oldest Triton that is supported, beside the same torch: every kernel compiles, every op runs interpreted once.
 test-triton36: .venv36/.built
-	.venv36/bin/python -m benchmarks.static --out build/static36
+	.venv36/bin/python -m benchmarks.static --sample --out build/static36
 	TRITON_INTERPRET=1 .venv36/bin/python -m pytest tests/test_smoke.py
 
 .venv36/.built: requirements-triton36.txt requirements.txt $(SOURCES)
