@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <fstream>
+#include <sstream>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -77,13 +80,30 @@ Map<const S> map_of(const Tensor& features, Tensor& held) {
           last ? pixel_stride(held) : held.stride(1), last};
 }
 
-// Asks for huge pages under a large gradient that is about to be written: fresh memory costs its page faults, several times what writing it does.
+// Pages of 2 MiB that the kernel has at hand, as /proc/buddyinfo counts them: blocks of 4 KiB << order for orders 0, 1, ... of each zone.
+inline int64_t free_huge_pages() {
+  std::ifstream zones("/proc/buddyinfo");
+  int64_t pages = 0;
+  for (std::string line; std::getline(zones, line);) {
+    std::istringstream fields(line);
+    std::string node, number, zone, name;
+    fields >> node >> number >> zone >> name;
+    int64_t count = 0;
+    for (int order = 0; fields >> count; ++order)
+      if (order >= 9) pages += count << (order - 9);
+  }
+  return pages;
+}
+
+// Asks for huge pages under a large gradient that is about to be written: fresh memory costs its page faults, several times what writing it does. Not
+// where few are left: the kernel would move memory about to make some, which takes longer still.
 inline Tensor prepared(Tensor gradient) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t(2) << 20;
   const uintptr_t memory = uintptr_t(gradient.data_ptr()), bytes = uintptr_t(gradient.numel()) * gradient.element_size();
   const uintptr_t begin = (memory + page - 1) / page * page, end = (memory + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: what comes of it does not matter
+  // A hint: what comes of it does not matter.
+  if (begin < end && free_huge_pages() > int64_t(2 * (end - begin) / page)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return gradient;
 }
