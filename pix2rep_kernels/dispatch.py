@@ -118,13 +118,14 @@ def choose(op: str, backend: str, tensors: list[Tensor | None]) -> str:
             raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
         return backend
     kind = next(t for t in tensors if t is not None).device.type
+    skipped = {}
     for candidate in AUTO_ORDER.get(kind, ("reference",)):
-        reason = why_not(op, candidate, tensors)
-        if reason and kind == "cuda" and candidate == "triton":
-            _warn_slow(op, reason)
-        reason = reason or (why_slower(op, candidate, tensors) if candidate != "reference" else None)
+        reason = why_not(op, candidate, tensors) or (why_slower(op, candidate, tensors) if candidate != "reference" else None)
         if reason is None:
+            if candidate == "reference" and kind == "cuda":
+                _warn_slow(op, skipped["triton"])
             return candidate
+        skipped[candidate] = reason
         log.debug("%s: %s skipped: %s", op, candidate, reason)
     raise RuntimeError(f"no backend can run {op} on {kind}")
 
