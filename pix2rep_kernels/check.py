@@ -51,4 +51,5 @@ def expect_device(tensor, argument: str, like, like_name: str) -> None:
 
 def expect_choice(value: object, argument: str, choices: tuple) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    expect(value in choices, argument, "be one of " + ", ".join(map(repr, choices)), repr(value))
+    if value not in choices:  # asked at every call of an op: the sentence is made when it is needed
+        expect(False, argument, "be one of " + ", ".join(map(repr, choices)), repr(value))

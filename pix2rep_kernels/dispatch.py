@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -93,7 +94,8 @@ def why_not(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:
 
 
 def _hub(op: str):
-    return importlib.import_module(f"{HOMES[op]}.ops.{op}")
+    name = f"{HOMES[op]}.ops.{op}"
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def why_slower(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:
