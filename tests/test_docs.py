@@ -6,9 +6,11 @@ leaves out the block below it; `<!-- commands run -->` in a page has its `pix2re
 
 import importlib
 import inspect
+import os
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -50,18 +52,17 @@ def commands(text):
 
 
 @every_page
-def test_blocks_run(page, tmp_path, monkeypatch, capsys):
+def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page"}
-    runs_commands = "<!-- commands run -->" in page.read_text()
-    for piece in pieces(page):
-        if piece["kind"] == "bash" and runs_commands:
-            for words in commands(piece["text"]):
-                run_tiny(words)
-        elif piece["setup"] or (piece["kind"] == "python" and not piece["skip"]):
-            line = page.read_text()[: piece.start()].count("\n") + 1
-            code = "\n" * line + (piece["setup"] or piece["text"])
-            exec(compile(code, str(page), "exec"), namespace)  # noqa: S102
+    namespace, text = {"__name__": "page"}, page.read_text()
+    with mock.patch.dict(os.environ):
+        for piece in PIECE.finditer(text):
+            if piece["kind"] == "bash" and "<!-- commands run -->" in text:
+                for words in commands(piece["text"]):
+                    run_tiny(words)
+            elif piece["setup"] or (piece["kind"] == "python" and not piece["skip"]):
+                line = text[: piece.start()].count("\n") + 1
+                exec(compile("\n" * line + (piece["setup"] or piece["text"]), str(page), "exec"), namespace)
     assert not torch.are_deterministic_algorithms_enabled(), "a page leaves a global setting behind"
 
 
