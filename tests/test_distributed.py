@@ -92,11 +92,12 @@ def correlated(normalization="batchnorm", weighted=False, uneven=False):
     return loss
 
 
-def pixels(mask=False, points=True, **options):
+def pixels(mask=False, points=True, idle=False, **options):
     def loss(net, data, rank):
         gather = rank is not None
         f1, f2, _ = net(*(part(x, rank) for x in data["maps"]))
-        extra = {"mask": part(data["mask"], rank)} if mask else {}
+        allowed = data["mask"] & torch.tensor([True, not idle]).view(RANKS, 1, 1, 1)  # idle: the second rank has no valid pixel
+        extra = {"mask": part(allowed, rank)} if mask else {}
         extra |= {"points": offset(data["points"], BATCH * 20, rank)} if points else {}
         return Pix2RepLoss(**{"num_samples": None, **options}, gather_distributed=gather)(f1, f2, part(data["theta"], rank), **extra)
 
@@ -112,6 +113,7 @@ CASES = {
     **{f"crosscorr, {kind}": correlated(kind) for kind in ("batchnorm", "std", "none")},
     "crosscorr, weights": correlated(weighted=True), "crosscorr, uneven": correlated(uneven=True),
     "Pix2RepLoss, all pixels": pixels(points=False), "Pix2RepLoss, points": pixels(), "Pix2RepLoss, mask": pixels(mask=True, outside="drop"),
+    **{f"Pix2RepLoss, {kind}, an idle rank": pixels(mask=True, idle=True, objective=kind) for kind in ("infonce", "barlow")},
     "Pix2RepLoss, an image each": pixels(points=False, mask=True, per_image=True),
     "Pix2RepLoss, barlow": pixels(objective="barlow", points=False), "Pix2RepLoss, barlow, mask": pixels(mask=True, objective="barlow", outside="drop"),
 }  # fmt: skip
@@ -148,7 +150,7 @@ def work(rank, folder):
     results["groups"] = refusal(lambda: distributed.infonce(same.unsqueeze(0), same.unsqueeze(0), temperature=0.5))
     half = same.half().requires_grad_()
     gathered = distributed.gather(half)
-    (gathered * torch.tensor([1.0, 2.0**-12])[rank].half()).sum().backward()
+    (gathered * (rank + 1)).sum().backward()
     results["half"] = half.grad
     results["order"] = distributed.gather(torch.full((2,), rank))
     results["drawn"] = len(Pix2RepLoss(num_samples=5, gather_distributed=True)._draw(1, 20, None, torch.device("cpu"), None))
@@ -180,12 +182,14 @@ def test_ranks_that_differ_are_refused_on_every_rank(ranks):
         assert "`a` must have shape [N, D] over ranks" in results["groups"]
 
 
-def test_gather_keeps_order_and_adds_gradients_in_float32(ranks):
+def test_gather_keeps_order_and_adds_gradients(ranks):
     for results in ranks:
         assert results["order"].tolist() == [0, 0, 1, 1]
-        # 1 + 2^-12 rounds to 1 in float16 either way; a sum that had been made in it would not be seen here but for its dtype.
-        assert results["half"].dtype == torch.float16 and results["half"].tolist() == [[1.0] * 3] * 4
-        assert results["drawn"] == 3
+        assert results["half"].dtype == torch.float16 and results["half"].tolist() == [[3.0] * 3] * 4
+
+
+def test_samples_are_those_of_the_global_batch(ranks):
+    assert [results["drawn"] for results in ranks] == [3, 3]  # of 5
 
 
 @pytest.mark.parametrize("case", ["joint", "cross", "forward", "crosscorr, batchnorm", "Pix2RepLoss, points", "Pix2RepLoss, barlow"])
