@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* tests/emulate/*)
 DEMO := runs/demo
 TORCH36 ?= $$(grep '^torch==' requirements.txt)
 
-.PHONY: gpu build test test-full sanitize static test-triton36 demo bench lint clean
+.PHONY: gpu build test test-full sanitize static test-triton36 demo bench docs lint clean
 
 build: .venv/.built
 
@@ -64,8 +64,17 @@ gpu:
 	test -e pix2rep_kernels/_C_cuda.abi3.so || $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
+# The pages of docs/ in build/site, with tools of their own; `make test` runs what the pages say.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.installed: requirements-docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install -q -r requirements-docs.txt
+	touch $@
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv36 build dist runs *.egg-info pix2rep_kernels/*.so pix2rep_kernels/_build.json
+	rm -rf .venv .venv36 .venv-docs build dist runs *.egg-info pix2rep_kernels/*.so pix2rep_kernels/_build.json

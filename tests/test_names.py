@@ -93,7 +93,7 @@ def imports(path):
 
 # folder of pix2rep_kernels -> what of pix2rep_kernels its files may import; of its own folder they may import all
 ARROWS = {
-    "losses": ("ops.", "check", "dispatch"),
+    "losses": ("ops.", "check", "dispatch", "distributed"),
     "ops": ("register", "check", "layout", "dispatch"),
     "reference": ("check", "layout"),
     "triton": ("check", "layout"),

@@ -6,10 +6,11 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
+from pix2rep_kernels import distributed
 from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_dtype, expect_temperature, expect_tensor
 from pix2rep_kernels.dispatch import CHOICES
-from pix2rep_kernels.losses.common import checked_mask, expect_finite, expect_like, expect_map, weight
-from pix2rep_kernels.ops.crosscorr import crosscorr
+from pix2rep_kernels.losses.common import checked_mask, expect_finite, expect_like, expect_map, flag, weight
+from pix2rep_kernels.ops.crosscorr import correlation, moments
 from pix2rep_kernels.ops.infonce import infonce
 from pix2rep_kernels.ops.warp import MODES, warp
 
@@ -36,6 +37,9 @@ class Pix2RepLoss(nn.Module):
         per_image: draw `num_samples` in each image; "infonce" then contrasts inside the image only, the statistics of "barlow" stay those of all rows.
         outside: "keep" pixels that the warp took from outside the map (official) or "drop" them.
         mode: interpolation of the warp: "linear" (official), "nearest" or "bicubic" (2D; Pix2Rep-v2).
+        gather_distributed: the batch is that of all ranks of torch.distributed, exactly (pix2rep_kernels/distributed.py): negatives, statistics and the mean
+            are global, every rank returns the global loss, and DistributedDataParallel's mean of the gradients is that loss's gradient. `num_samples`
+            counts the global batch too, spread evenly and rounded up to it. "infonce" needs equally many pixels on every rank. False: each rank its own batch.
         check_finite: raise on NaN or inf features, naming the argument; reads a value back from the device, so it stops CUDA graphs and fullgraph.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -64,6 +68,7 @@ class Pix2RepLoss(nn.Module):
         per_image: bool = False,
         outside: str = "keep",
         mode: str = "linear",
+        gather_distributed: bool = False,
         check_finite: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -78,6 +83,7 @@ class Pix2RepLoss(nn.Module):
         self.objective, self.temperature, self.lambda_param = objective, float(temperature), weight(lambda_param, "lambda_param")
         self.num_samples, self.per_image = num_samples, per_image
         self.outside, self.mode, self.check_finite, self.backend = outside, mode, check_finite, backend
+        self.gather_distributed = flag(gather_distributed, "gather_distributed")
 
     def forward(
         self,
@@ -108,12 +114,18 @@ class Pix2RepLoss(nn.Module):
             return self._barlow(rows_1, rows_2, valid)
         groups = (batch, -1) if self.per_image else (-1,)
         valid = None if valid is None else valid.unflatten(0, groups)
-        losses = infonce(
+        contrast = distributed.infonce if self._ranks() > 1 and not self.per_image else infonce
+        losses = contrast(
             rows_1.unflatten(0, groups), rows_2.unflatten(0, groups), temperature=self.temperature, valid_a=valid, backend=self.backend
         )  # fmt: skip
+        if self._ranks() > 1:
+            return distributed.mean(losses, None if valid is None else 2 * valid.sum())
         if valid is None:
             return losses.mean()
         return losses.sum() / (2 * valid.sum()).clamp(min=1)
+
+    def _ranks(self) -> int:
+        return distributed.ranks() if self.gather_distributed else 1
 
     def _rows(self, features, grid, points) -> tuple[Tensor, Tensor | None]:
         """Rows [P, C] of the map at the points, warped by the grid if there is one, and which lie inside."""
@@ -124,20 +136,22 @@ class Pix2RepLoss(nn.Module):
         return warp(features, grid, points=points, mode=mode, normalize=normalize, backend=self.backend)
 
     def _barlow(self, rows_1, rows_2, valid) -> Tensor:
-        c = crosscorr(rows_1, rows_2, weight=valid, backend=self.backend)  # [C, C]
+        found = (distributed.moments if self._ranks() > 1 else moments)(rows_1, rows_2, weight=valid, backend=self.backend)
+        c = correlation(found)  # [C, C]
         target = torch.eye(c.shape[0], dtype=c.dtype, device=c.device)
         weights = target + self.lambda_param * (1 - target)
         loss = (weights * (c - target).square()).sum()
-        return loss if valid is None else torch.where(valid.any(), loss, 0)
+        return loss if valid is None else torch.where(found.count > 0, loss, 0)
 
     def extra_repr(self) -> str:
-        names = ("objective", "temperature", "lambda_param", "num_samples", "per_image", "outside", "mode", "backend")
+        names = ("objective", "temperature", "lambda_param", "num_samples", "per_image", "outside", "mode", "gather_distributed", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _draw(self, batch, pixels, mask, device, generator) -> Tensor | None:
         """Flat indices of the pixels drawn: [P], or [B, P] inside each image; None stands for all."""
         total = pixels if self.per_image else batch * pixels
-        count = total if self.num_samples is None else min(self.num_samples, total)
+        share = 1 if self.per_image else self._ranks()
+        count = total if self.num_samples is None else min(-(-self.num_samples // share), total)
         if count == total:
             if not self.per_image or self.objective == "barlow":
                 return None
