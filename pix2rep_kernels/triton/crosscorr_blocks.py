@@ -9,6 +9,8 @@ import triton.language as tl
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 PROGRAMS = 264  # two for each multiprocessor of a large GPU
 
+VARYING = ("n", "blocks", "parts", "d", "d_own", "d_other")  # of the kernels' arguments: compiled once for every value
+
 
 class Format(NamedTuple):
     """How the products take their operands."""

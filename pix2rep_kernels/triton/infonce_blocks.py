@@ -11,6 +11,13 @@ PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 SHARED_H100 = 232448  # bytes that one program may hold
 
 
+# Of the kernels' arguments: compiled once for every value, since a step may have rows of any number.
+VARYING = (
+    "groups", "count", "own_count", "stream_count", "stream_groups", "partner_count", "span", "parts", "queue_parts", "part_tiles", "own_parts",
+    "stream_parts", "own_blocks", "stream_tiles", "written", "source", "offset", "partner_offset", "column", "anchors",
+)  # fmt: skip
+
+
 class Format(NamedTuple):
     """How wide the operands are and which product multiplies them."""
 

@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pix2rep_kernels.triton import infonce_rows
-from pix2rep_kernels.triton.infonce_blocks import ROW_BLOCK, parts_of, row_blocks, sum_blocks, triangle_parts_of
+from pix2rep_kernels.triton.infonce_blocks import ROW_BLOCK, VARYING, parts_of, row_blocks, sum_blocks, triangle_parts_of
 from pix2rep_kernels.triton.infonce_problem import Half, Problem, Rows
 from pix2rep_kernels.triton.infonce_rows import ONLINE, PLAIN, SHIFTED, shift_of
 from pix2rep_kernels.triton.tiles import DIAGONAL, JOINT, NOTHING, OWN_POSITIVE, left_out, similarities, tile, touches
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def sums(
     own_ptr, stream_ptr,  # [G, own_padded, D], [G, stream_padded, D], prepared: scaled by sqrt(log2(e) / tau), 0 where invalid
     own_weight_ptr, stream_weight_ptr,  # [G, own_padded], [G, stream_padded]: 1, or 0 where invalid
@@ -104,7 +104,7 @@ def sums(
             tl.debug_barrier()  # the next block adds to the same stream sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def edges(
     own_ptr, stream_ptr, own_weight_ptr, stream_weight_ptr, own_ids_ptr, stream_ids_ptr,  # as in `sums`
     own_sums_ptr,  # [G, own_padded]
@@ -151,7 +151,7 @@ def edges(
     tl.store(own_sums_ptr + group * own_padded + own, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def online(
     own_ptr, stream_ptr, own_weight_ptr, stream_weight_ptr, own_ids_ptr, stream_ids_ptr, positive_ptr,
     fast_ptr,  # [parts, G, own_padded] what `sums` found, RESCUE only

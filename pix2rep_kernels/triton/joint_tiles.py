@@ -13,6 +13,9 @@ WARPS = 1056  # 8 for each of the 132 multiprocessors of an H100 or H200
 BLOCK = 1024  # entries of a program without a product
 HALF = 15  # probabilities enter float16 products times 2^15: what underflows is below 2^-40
 
+# Of the kernels' arguments: compiled once for every value. Of the others it matters to loads whether they are 1 or a multiple of 16.
+VARYING = ("tiles", "parts", "displacements", "radius", "sign", "D", "H", "W", "size", "reach")
+
 
 @triton.jit
 def pixels(tile, S, D, H, W, dz, dy, dx, SHIFT: tl.constexpr, P: tl.constexpr):
