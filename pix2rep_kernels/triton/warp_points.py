@@ -21,8 +21,11 @@ VARYING = (
 
 
 def blocks(channels: int, channels_last: bool, taps: int, backward: bool = False) -> tuple[int, int, int]:
-    """(BLOCK_P, BLOCK_C, num_warps): as many values a thread as their taps and addresses fit in registers, unaligned rows included (no spills)."""
+    """(BLOCK_P, BLOCK_C, num_warps): as many values a thread as their taps and addresses fit in registers (no spills); rows that are not aligned
+    need an address a value."""
     values = {8: 1024, 16: 256}.get(taps, 2048)
+    if channels_last and channels % 16 and taps == 4:
+        values //= 2
     if backward:
         values = max(values // 2, 256)
     widest = values // 4 if channels_last else 16 if taps > 4 or backward else 64
