@@ -53,7 +53,7 @@ def products(
     blocks = tl.cdiv(own_count, OWN)
     own_first = program // (parts * (D // SLICE)) % blocks * OWN
     group = (program // (parts * (D // SLICE) * blocks)).to(tl.int64)
-    stream_group = group % stream_groups
+    stream_group = tl.where(stream_groups > 1, group, 0)
     own_ptr += group * own_padded * D
     stream_ptr += stream_group * stream_padded * D
     stream_plain_ptr += stream_group * stream_padded * D + first_feature

@@ -84,7 +84,7 @@ def sum_blocks(form: Format, masked: bool, shared: int = SHARED_H100) -> Blocks:
     overlap one's exponentials with another's products; masks hold one more value a column.
     """
     if not form.half:
-        return Blocks(64, 64, 4, 2)
+        return Blocks(64, 32 if form.precision == "ieee" else 64, 4, 2)  # scalar products hold their operands in registers
     wide = [] if form.d <= 64 or (masked and form.d == 128) else [Blocks(256, 64, 8, 3, 128), Blocks(256, 64, 8, 2)][form.d > 128 :]
     narrow = Blocks(128, 64, 4, 3, 128 if form.d <= 64 and not masked else None)
     return _fitting(form, shared, False, *wide, narrow, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 2))
@@ -101,7 +101,7 @@ def product_blocks(form: Format, shared: int = SHARED_H100, plain: bool = True) 
     accumulator at D = 128; beyond, 32 and 128. To D = 64 two programs share a multiprocessor. Before Hopper ids, a shift or a running maximum
     (not `plain`) leave no registers for that."""
     if not form.half:
-        return Blocks(64, 32, 4, 2)
+        return Blocks(64, 32, 4, 1 if form.precision == "ieee" else 2)
     wide = [Blocks(128, 128, 8, 2, 128 if form.d <= 64 else None)] if form.slice <= 128 and (plain or shared >= SHARED_H100) else []
     return _fitting(form, shared, True, *wide, Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1))
 

@@ -41,7 +41,7 @@ def sums(
     if TRIANGLE:
         if stream_part > own_part:
             return
-    stream_group = group % stream_groups  # a queue has one group for all
+    stream_group = tl.where(stream_groups > 1, group, 0)  # a queue has one group for all
     own_ptr += group * own_padded * D
     stream_ptr += stream_group * stream_padded * D
     own_weight_ptr += group * own_padded
@@ -164,7 +164,7 @@ def online(
     blocks = tl.cdiv(own_count, OWN)
     block = tl.program_id(0) % blocks
     group = (tl.program_id(0) // blocks).to(tl.int64)
-    stream_group = group % stream_groups
+    stream_group = tl.where(stream_groups > 1, group, 0)
     own_first = block * OWN
     own = own_first + tl.arange(0, OWN)
     own_weight = tl.load(own_weight_ptr + group * own_padded + own)

@@ -66,7 +66,7 @@ def probabilities(map_ptr, at, known, counts, SOFTMAX: tl.constexpr):
     x = tl.load(map_ptr + at, mask=known[:, None] & counts[None, :], other=-float("inf") if SOFTMAX else 0.0).to(tl.float32)
     if SOFTMAX:
         e = tl.exp2((x - tl.max(x, 0)[None, :]) * LOG2E)
-        x = tl.where(counts[None, :], e / tl.sum(e, 0)[None, :], 0.0)
+        x = tl.where(counts[None, :], e * (1.0 / tl.sum(e, 0))[None, :], 0.0)  # a division is four products
     return x
 
 
