@@ -121,7 +121,7 @@ def format_of(a: Tensor, b: Tensor, logits: bool) -> Format:
     half = logits and a.element_size() == 2 and b.element_size() == 2
     strict = torch.get_float32_matmul_precision() == "highest"
     # Few enough registers for three products a pair; more warps than padded x padded keeps busy would each hold the same operands.
-    pixels, warps = {16: (64, 1), 32: (64, 2), 64: (64, 4), 128: (32, 8)}[padded] if half else {16: (64, 1), 32: (32, 2), 64: (16, 4), 128: (16, 8)}[padded]
+    pixels, warps = {16: (64, 1), 32: (64, 2), 64: (64, 4), 128: (32, 8)}[padded] if half else {16: (32, 1), 32: (32, 2), 64: (16, 4), 128: (16, 8)}[padded]
     return Format(padded, pixels, half, "ieee" if half else "tf32x3" if strict else "tf32", warps)
 
 
