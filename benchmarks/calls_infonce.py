@@ -15,6 +15,8 @@ CALLS = {
     "joint, online, tf32x3": {"negatives": "joint", "n": 5, "m": 5, "d": 64, "floor": 0.002, "precision": "tf32x3"},
     "cross, ieee, masks, ids": {"negatives": "cross", "n": 70, "m": 70, "d": 8, "masks": True, "ids": True, "precision": "ieee"},
     "joint, shifted, ieee": {"negatives": "joint", "n": 20, "m": 20, "d": 8, "floor": 0.01, "precision": "ieee"},
+    "joint, wide": {"negatives": "joint", "n": 20, "m": 20, "d": 520, "dtype": torch.bfloat16},
+    "forward, ieee, wide": {"negatives": "forward", "n": 20, "m": 20, "d": 520, "precision": "ieee"},
 }
 MATRIX = dict.fromkeys(("sums", "edges", "online", "products"), {name for name in CALLS if "ieee" not in name})
 

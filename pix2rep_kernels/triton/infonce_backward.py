@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pix2rep_kernels.triton import infonce_rows
-from pix2rep_kernels.triton.infonce_blocks import PROGRAMS, ROW_BLOCK, VARYING, product_blocks
+from pix2rep_kernels.triton.infonce_blocks import PROGRAMS, VARYING, product_blocks
 from pix2rep_kernels.triton.infonce_problem import Half, Problem, Rows
 from pix2rep_kernels.triton.infonce_rows import ONLINE, PLAIN, SHIFTED, root_of, shift_of, temperature_of
 from pix2rep_kernels.triton.tiles import (
@@ -312,7 +312,7 @@ def _gradients(
         rows = torch.arange(half.count + 1, device=ordered.device).expand(problem.groups, -1).contiguous()
         partners, first = "list", torch.searchsorted(ordered, rows)
     own_weights, partner_weights = weights.get(id(own)), weights.get(id(partner))
-    programs = problem.groups * triton.cdiv(half.count, ROW_BLOCK)
+    programs = problem.groups * triton.cdiv(half.count, problem.format.rows)
     dots = own.weight.new_empty(programs) if measured else None
     if programs:
         gradients[(programs,)](

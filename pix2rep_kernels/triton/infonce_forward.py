@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pix2rep_kernels.triton import infonce_rows
-from pix2rep_kernels.triton.infonce_blocks import ROW_BLOCK, VARYING, parts_of, row_blocks, sum_blocks, triangle_parts_of
+from pix2rep_kernels.triton.infonce_blocks import VARYING, parts_of, row_blocks, sum_blocks, triangle_parts_of
 from pix2rep_kernels.triton.infonce_problem import Half, Problem, Rows
 from pix2rep_kernels.triton.infonce_rows import ONLINE, PLAIN, SHIFTED, shift_of
 from pix2rep_kernels.triton.tiles import DIAGONAL, JOINT, NOTHING, OWN_POSITIVE, left_out, similarities, tile, touches
@@ -290,7 +290,7 @@ def _online(problem: Problem, own: Rows, stream: Rows, left_out: int, plain: Sum
 def _losses(problem: Problem, half: Half, found: Sums, queue: Sums | None, losses: Tensor, lse: Tensor) -> None:
     extra = queue or found
     own, partner = half.own, half.partner
-    infonce_rows.losses[(problem.groups * triton.cdiv(half.count, ROW_BLOCK),)](
+    infonce_rows.losses[(problem.groups * triton.cdiv(half.count, problem.format.rows),)](
         own.scaled, partner.scaled, own.weight, partner.weight, half.index, problem.positive,
         found.sums, found.lse2, extra.sums, extra.lse2, losses, lse,
         *problem.clamp, problem.headroom, problem.too_small, problem.groups, half.count, own.padded, partner.padded, problem.m,
