@@ -11,6 +11,7 @@ CALLS = {
     "3D decoder, planes": {"channels": 32, "space": (16, 16, 16), "layout": "first", "need_2": True},
     "3D unequal, odd": {"channels": 100, "dtype": torch.float16, "space": (3, 5, 7), "space_2": (4, 8, 9), "size": (2, 3, 5), "need_2": True},
     "2D last": {"channels": 64, "need_2": True},
+    "2D odd rows": {"channels": 17, "space": (5, 7), "size": (3, 5), "affine": (False, True), "need_2": True},
     "2D last, many channels, dense": {"channels": 600, "dtype": torch.bfloat16, "affine": (True, False)},
     "2D planes": {"channels": 64, "layout": "first", "dtype": torch.bfloat16, "affine": (False, False), "need_2": True},
     "2D nearest": {"channels": 33, "mode": "nearest", "padding_mode": "zeros", "align_corners": True, "need_2": True},

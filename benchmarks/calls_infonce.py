@@ -13,8 +13,12 @@ CALLS = {
     "cross, masks, ids": {"negatives": "cross", "n": 5, "m": 5, "d": 16, "positive": True, "masks": True, "ids": True},
     "joint, shifted, masks, ids, bf16": {"negatives": "joint", "n": 300, "m": 300, "d": 64, "floor": 0.01, "dtype": torch.bfloat16, "masks": True, "ids": True},
     "joint, online, tf32x3": {"negatives": "joint", "n": 5, "m": 5, "d": 64, "floor": 0.002, "precision": "tf32x3"},
+    "cross, ieee, masks, ids": {"negatives": "cross", "n": 70, "m": 70, "d": 8, "masks": True, "ids": True, "precision": "ieee"},
+    "joint, shifted, ieee": {"negatives": "joint", "n": 20, "m": 20, "d": 8, "floor": 0.01, "precision": "ieee"},
+    "joint, wide": {"negatives": "joint", "n": 20, "m": 20, "d": 520, "dtype": torch.bfloat16},
+    "forward, ieee, wide": {"negatives": "forward", "n": 20, "m": 20, "d": 520, "precision": "ieee"},
 }
-MATRIX = dict.fromkeys(("sums", "edges", "online", "products"), set(CALLS))
+MATRIX = dict.fromkeys(("sums", "edges", "online", "products"), {name for name in CALLS if "ieee" not in name})
 
 
 def call(negatives, n=1, m=1, d=1, queue=0, positive=False, masks=False, ids=False, floor=0.1, dtype=torch.float32, precision="fp16"):

@@ -13,6 +13,7 @@ CALLS = {
     "K=128, fp32": {"clusters": 128},
     "K=128, bf16": {"clusters": 128, "dtype": torch.bfloat16},
     "K=16, fp32, strided": {"clusters": 16, "layout": "strided"},
+    "K=3, last, odd": {"clusters": 3, "layout": "last", "space": (7, 11)},
     "K=24, radius 1": {"clusters": 24, "radius": 1},
     "K=24, radius 10, mask": {"clusters": 24, "radius": 10, "masked": True, "dtype": torch.bfloat16},
     "K=24, radius 1, each": {"clusters": 24, "radius": 1, "collapsed": False, "masked": True},

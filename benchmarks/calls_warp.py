@@ -8,6 +8,8 @@ from pix2rep_kernels.triton import warp
 CALLS = {
     "2D last": {"channels": 256, "dtype": torch.bfloat16, "points": 20},
     "2D first": {"channels": 64, "layout": "first", "normalize": False},
+    "2D last, odd rows": {"channels": 33, "space": (5, 7), "dtype": torch.bfloat16},
+    "2D last, odd rows, as they are": {"channels": 17, "space": (5, 7), "normalize": False},
     "2D bicubic, many channels": {"channels": 600, "dtype": torch.float16, "mode": "bicubic", "points": 20},
     "3D last": {"channels": 100, "dtype": torch.bfloat16, "space": (4, 8, 8), "points": 20},
     "3D first": {"channels": 100, "dtype": torch.bfloat16, "space": (4, 8, 8), "layout": "first", "points": 20},

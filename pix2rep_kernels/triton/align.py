@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pix2rep_kernels.triton.warp_backward import ordered, scatter
-from pix2rep_kernels.triton.warp_points import blocks, gather, locate, position, shared, spread, volume
+from pix2rep_kernels.triton.warp_points import VARYING, blocks, gather, locate, position, shared, spread, volume
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _place(
     return p, ok, image, x, y, z, bad, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def align_forward_kernel(
     f1, f2, grid1, grid2, dot, sq1, sq2, valid, P, B, C, OD, OH, OW, D1, H1, W1, D2, H2, W2,
     b1, c1, z1, y1, x1, b2, c2, z2, y2, x2, grid1_b, grid1_r, grid1_c, grid2_b, grid2_r, grid2_c,
@@ -59,7 +59,7 @@ def align_forward_kernel(
     tl.store(sq2 + p, own2, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def align_backward_kernel(
     grad_dot, grad_sq1, grad_sq2, f1, f2, grid1, grid2, grad1, grad2, P, B, C, OD, OH, OW, D1, H1, W1, D2, H2, W2,
     b1, c1, z1, y1, x1, b2, c2, z2, y2, x2, grid1_b, grid1_r, grid1_c, grid2_b, grid2_r, grid2_c, to_b1, to_c1, to_z1, to_y1, to_x1,

@@ -4,14 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from pix2rep_kernels.triton.crosscorr_blocks import PROGRAMS, even, format_of, gradient_blocks, scattered
+from pix2rep_kernels.triton.crosscorr_blocks import PROGRAMS, VARYING, even, format_of, gradient_blocks, scattered
 from pix2rep_kernels.triton.crosscorr_forward import features_of, power_of_two, shifted
 from pix2rep_kernels.triton.tiles import add_product
 
 EDGE = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def crosscorr_scale_kernel(g_ptr, largest_ptr, out_ptr, d_own, d_other, own_stride, other_stride, width, TOP: tl.constexpr, EDGE: tl.constexpr):
     """gP or its transpose into [padded, width], 0 past its end: scaled so that the largest entry is in [TOP, 2 TOP), which fits into 16 bits, or as it is
     where TOP is 0."""
@@ -73,7 +73,7 @@ def affine(
         tl.store(to, gradient.to(out_ptr.dtype.element_ty), mask=present[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def crosscorr_gradients_kernel(
     x_ptr, y_ptr, weight_ptr, for_x_ptr, for_y_ptr, largest_ptr, sum_x_ptr, sum_y_ptr, square_x_ptr, square_y_ptr, pivot_x_ptr, pivot_y_ptr,
     grad_x_ptr, grad_y_ptr, n, d1, d2, x_row, x_column, y_row, y_column, weight_stride, width_x, width_y, blocks,  # of rows, to a program

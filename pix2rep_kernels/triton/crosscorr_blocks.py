@@ -9,6 +9,8 @@ import triton.language as tl
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 PROGRAMS = 264  # two for each multiprocessor of a large GPU
 
+VARYING = ("n", "blocks", "parts", "d", "d_own", "d_other")  # of the kernels' arguments: compiled once for every value
+
 
 class Format(NamedTuple):
     """How the products take their operands."""
@@ -73,7 +75,7 @@ def gradient_blocks(form: Format, d_own: int, d_other: int, scattered: bool) -> 
     in shared memory for all rows of a program, and the other view is read cdiv(d_own, own) times, but for the first from L2."""
     own, other = (max(16, triton.next_power_of_2(d)) for d in (d_own, d_other))
     if form.half:
-        return Blocks(min(own, 128), other if other <= 256 else 64, 64, 8, 2)
+        return Blocks(min(own, 64 if scattered else 128), other if other <= 256 else 64, 64, 8, 2)
     if form.precision == "tf32":
         return Blocks(min(own, 64 if scattered else 128), min(other, 64), 64, 8, 2)
     return Blocks(min(own, 32 if scattered else 64), min(other, 16), 64, 4 if scattered else 8, 2)

@@ -4,14 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from pix2rep_kernels.triton.crosscorr_blocks import even, format_of, product_blocks, scattered, splits_of
+from pix2rep_kernels.triton.crosscorr_blocks import VARYING, even, format_of, product_blocks, scattered, splits_of
 from pix2rep_kernels.triton.tiles import add_product
 
 PILOT_ROWS = 128
 ADDED = 1024  # numbers that a program adds over the ranges
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def crosscorr_pivot_kernel(
     x_ptr, weight_ptr, pivot_ptr, n, d, row_stride, column_stride, weight_stride, WEIGHTED: tl.constexpr, PILOTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def over_rows(x, ROWS: tl.constexpr, KEPT: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.sum(tl.reshape(x, [ROWS // KEPT, KEPT, COLUMNS]), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def crosscorr_moments_kernel(
     x_ptr, y_ptr, weight_ptr, largest_ptr, pivot_x_ptr, pivot_y_ptr,
     product_ptr, sum_x_ptr, sum_y_ptr, square_x_ptr, square_y_ptr,  # [splits, ...]
@@ -123,7 +123,7 @@ def crosscorr_moments_kernel(
         tl.store(square_y_ptr + wide * d2 + columns_y, tl.sum(square_y, 0), mask=inside_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def crosscorr_add_kernel(parts_ptr, total_ptr, count, parts, BLOCK: tl.constexpr):
     """Sum over the ranges of rows, in order."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pix2rep_kernels.triton import infonce_rows
-from pix2rep_kernels.triton.infonce_blocks import PROGRAMS, ROW_BLOCK, product_blocks
+from pix2rep_kernels.triton.infonce_blocks import PROGRAMS, VARYING, product_blocks
 from pix2rep_kernels.triton.infonce_problem import Half, Problem, Rows
-from pix2rep_kernels.triton.infonce_rows import ONLINE, PLAIN, SHIFTED, shift_of, temperature_of
+from pix2rep_kernels.triton.infonce_rows import ONLINE, PLAIN, SHIFTED, root_of, shift_of, temperature_of
 from pix2rep_kernels.triton.tiles import (
     LOG2E,
     NOTHING,
@@ -28,7 +28,7 @@ from pix2rep_kernels.triton.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def products(
     own_ptr, stream_ptr, stream_plain_ptr,  # [G, own_padded, D], [G, stream_padded, D] twice: scaled, and as it enters the gradient
     own_share_ptr, stream_share_ptr,  # [G, padded] w; ONLINE: g, and lse2 below
@@ -53,7 +53,7 @@ def products(
     blocks = tl.cdiv(own_count, OWN)
     own_first = program // (parts * (D // SLICE)) % blocks * OWN
     group = (program // (parts * (D // SLICE) * blocks)).to(tl.int64)
-    stream_group = group % stream_groups
+    stream_group = tl.where(stream_groups > 1, group, 0)
     own_ptr += group * own_padded * D
     stream_ptr += stream_group * stream_padded * D
     stream_plain_ptr += stream_group * stream_padded * D + first_feature
@@ -116,7 +116,7 @@ def products(
     tl.store(out_ptr + out + own[:, None].to(tl.int64) * D + tl.arange(0, SLICE)[None, :], total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gradients(
     products_ptr, queue_products_ptr,  # [parts, G, own_padded, D] float32
     own_ptr, partner_ptr, own_weight_ptr,  # scaled operands; 0 where invalid
@@ -141,8 +141,7 @@ def gradients(
     known = mask[:, None] & features
     own = group * own_padded + offset + row
     cells = own[:, None] * D + feature[None, :]
-    tau = temperature_of(temperature_ptr, floor)
-    root = tl.sqrt(1.0 / tau * LOG2E)
+    root = root_of(temperature_ptr, floor)
     negatives = tl.zeros([BLOCK, SPAN], tl.float32)
     for part in range(parts):
         negatives += tl.load(products_ptr + tl.cast(part, tl.int64) * groups * own_padded * D + cells, mask=known, other=0.0)
@@ -174,7 +173,7 @@ def gradients(
             attracted += tl.load(own_share_ptr + own, mask=mask, other=0.0)[:, None] * y
         if STREAM_ANCHORS:
             attracted += tl.load(partner_share_ptr + partner, mask=inside, other=0.0)[:, None] * y
-    scale = tl.load(largest_ptr + group) / tau
+    scale = tl.div_rn(tl.load(largest_ptr + group), temperature_of(temperature_ptr, floor))
     total = negatives + attracted / root
     kept = mask & (tl.load(own_weight_ptr + own, mask=mask, other=0.0) > 0)
     if DOTS:
@@ -313,7 +312,7 @@ def _gradients(
         rows = torch.arange(half.count + 1, device=ordered.device).expand(problem.groups, -1).contiguous()
         partners, first = "list", torch.searchsorted(ordered, rows)
     own_weights, partner_weights = weights.get(id(own)), weights.get(id(partner))
-    programs = problem.groups * triton.cdiv(half.count, ROW_BLOCK)
+    programs = problem.groups * triton.cdiv(half.count, problem.format.rows)
     dots = own.weight.new_empty(programs) if measured else None
     if programs:
         gradients[(programs,)](

@@ -5,10 +5,16 @@ from typing import NamedTuple
 import torch
 import triton
 
-ROW_BLOCK = 16  # rows of a program that works once a row
 PAD = 256  # a multiple of every block
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 SHARED_H100 = 232448  # bytes that one program may hold
+
+
+# Of the kernels' arguments: compiled once for every value, since a step may have rows of any number.
+VARYING = (
+    "groups", "count", "own_count", "stream_count", "stream_groups", "partner_count", "span", "parts", "queue_parts", "part_tiles", "own_parts",
+    "stream_parts", "own_blocks", "stream_tiles", "written", "source", "offset", "partner_offset", "column", "anchors",
+)  # fmt: skip
 
 
 class Format(NamedTuple):
@@ -35,8 +41,14 @@ class Format(NamedTuple):
         return next(size for size in (self.d, 256, 128) if size <= limit and self.d % size == 0)
 
     @property
+    def rows(self) -> int:
+        """Of a program that works once a row."""
+        return max(1, min(16, 8192 // self.span))
+
+    @property
     def sizes(self) -> dict[str, int]:
-        return {"D": self.d, "SPAN": self.span, "BLOCK": ROW_BLOCK}
+        """Of kernels that work once a row: 32 values a thread, of which the gradients hold several."""
+        return {"D": self.d, "SPAN": self.span, "BLOCK": self.rows, "num_warps": 8 if self.span > 256 else 4}
 
 
 class Blocks(NamedTuple):
@@ -77,7 +89,7 @@ def sum_blocks(form: Format, masked: bool, shared: int = SHARED_H100) -> Blocks:
     overlap one's exponentials with another's products; masks hold one more value a column.
     """
     if not form.half:
-        return Blocks(64, 64, 4, 2)
+        return Blocks(64, 32, 8, 2) if form.precision == "ieee" else Blocks(64, 64, 4, 2)  # scalar products hold their operands in registers
     wide = [] if form.d <= 64 or (masked and form.d == 128) else [Blocks(256, 64, 8, 3, 128), Blocks(256, 64, 8, 2)][form.d > 128 :]
     narrow = Blocks(128, 64, 4, 3, 128 if form.d <= 64 and not masked else None)
     return _fitting(form, shared, False, *wide, narrow, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 2))
@@ -94,7 +106,7 @@ def product_blocks(form: Format, shared: int = SHARED_H100, plain: bool = True) 
     accumulator at D = 128; beyond, 32 and 128. To D = 64 two programs share a multiprocessor. Before Hopper ids, a shift or a running maximum
     (not `plain`) leave no registers for that."""
     if not form.half:
-        return Blocks(64, 32, 4, 2)
+        return Blocks(64, 32, 4, 1 if form.precision == "ieee" else 2)
     wide = [Blocks(128, 128, 8, 2, 128 if form.d <= 64 else None)] if form.slice <= 128 and (plain or shared >= SHARED_H100) else []
     return _fitting(form, shared, True, *wide, Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1))
 

@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pix2rep_kernels.triton import infonce_rows
-from pix2rep_kernels.triton.infonce_blocks import ROW_BLOCK, parts_of, row_blocks, sum_blocks, triangle_parts_of
+from pix2rep_kernels.triton.infonce_blocks import VARYING, parts_of, row_blocks, sum_blocks, triangle_parts_of
 from pix2rep_kernels.triton.infonce_problem import Half, Problem, Rows
 from pix2rep_kernels.triton.infonce_rows import ONLINE, PLAIN, SHIFTED, shift_of
 from pix2rep_kernels.triton.tiles import DIAGONAL, JOINT, NOTHING, OWN_POSITIVE, left_out, similarities, tile, touches
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def sums(
     own_ptr, stream_ptr,  # [G, own_padded, D], [G, stream_padded, D], prepared: scaled by sqrt(log2(e) / tau), 0 where invalid
     own_weight_ptr, stream_weight_ptr,  # [G, own_padded], [G, stream_padded]: 1, or 0 where invalid
@@ -41,7 +41,7 @@ def sums(
     if TRIANGLE:
         if stream_part > own_part:
             return
-    stream_group = group % stream_groups  # a queue has one group for all
+    stream_group = tl.where(stream_groups > 1, group, 0)  # a queue has one group for all
     own_ptr += group * own_padded * D
     stream_ptr += stream_group * stream_padded * D
     own_weight_ptr += group * own_padded
@@ -104,7 +104,7 @@ def sums(
             tl.debug_barrier()  # the next block adds to the same stream sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def edges(
     own_ptr, stream_ptr, own_weight_ptr, stream_weight_ptr, own_ids_ptr, stream_ids_ptr,  # as in `sums`
     own_sums_ptr,  # [G, own_padded]
@@ -151,7 +151,7 @@ def edges(
     tl.store(own_sums_ptr + group * own_padded + own, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def online(
     own_ptr, stream_ptr, own_weight_ptr, stream_weight_ptr, own_ids_ptr, stream_ids_ptr, positive_ptr,
     fast_ptr,  # [parts, G, own_padded] what `sums` found, RESCUE only
@@ -164,7 +164,7 @@ def online(
     blocks = tl.cdiv(own_count, OWN)
     block = tl.program_id(0) % blocks
     group = (tl.program_id(0) // blocks).to(tl.int64)
-    stream_group = group % stream_groups
+    stream_group = tl.where(stream_groups > 1, group, 0)
     own_first = block * OWN
     own = own_first + tl.arange(0, OWN)
     own_weight = tl.load(own_weight_ptr + group * own_padded + own)
@@ -290,7 +290,7 @@ def _online(problem: Problem, own: Rows, stream: Rows, left_out: int, plain: Sum
 def _losses(problem: Problem, half: Half, found: Sums, queue: Sums | None, losses: Tensor, lse: Tensor) -> None:
     extra = queue or found
     own, partner = half.own, half.partner
-    infonce_rows.losses[(problem.groups * triton.cdiv(half.count, ROW_BLOCK),)](
+    infonce_rows.losses[(problem.groups * triton.cdiv(half.count, problem.format.rows),)](
         own.scaled, partner.scaled, own.weight, partner.weight, half.index, problem.positive,
         found.sums, found.lse2, extra.sums, extra.lse2, losses, lse,
         *problem.clamp, problem.headroom, problem.too_small, problem.groups, half.count, own.padded, partner.padded, problem.m,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pix2rep_kernels.triton import infonce_rows as rows
-from pix2rep_kernels.triton.infonce_blocks import PAD, ROW_BLOCK, SHARED_H100, format_of
+from pix2rep_kernels.triton.infonce_blocks import PAD, SHARED_H100, format_of
 from pix2rep_kernels.triton.tiles import DIAGONAL, JOINT, LOG2E, OWN_POSITIVE
 
 
@@ -113,7 +113,7 @@ class Problem:
             written = padded - offset if k == len(sources) - 1 else n
             valid = None if valid is None else valid.contiguous()
             if groups * written > 0:
-                rows.prepare[(groups * triton.cdiv(written, ROW_BLOCK),)](
+                rows.prepare[(groups * triton.cdiv(written, self.format.rows),)](
                     source, index, valid, scaled, plain, weight, *self.clamp, n, written, n, offset, padded, *source.stride(),
                     source.shape[2], **self.format.sizes, INDEX=index is not None, VALID=valid is not None, COPY=copy,
                 )  # fmt: skip

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from pix2rep_kernels.triton.infonce_blocks import VARYING
 from pix2rep_kernels.triton.tiles import LN2, LOG2E, log1p, one_minus_exp
 
 # How exp2(s) keeps its range: as it is; less one constant, with rows that it would flush swept again; with a running maximum.
@@ -19,13 +20,19 @@ def temperature_of(temperature_ptr, floor):
 
 
 @triton.jit
+def root_of(temperature_ptr, floor):
+    """sqrt(log2(e) / tau). Every row has its error, which no sum averages out: correctly rounded, unlike `/` and `tl.sqrt`."""
+    return tl.sqrt_rn(tl.div_rn(LOG2E, temperature_of(temperature_ptr, floor)))
+
+
+@triton.jit
 def shift_of(temperature_ptr, floor, headroom):
     """The smallest c >= 0 with which a sum of exp2(s - c) cannot overflow; headroom = 125 - log2(candidates)."""
     most = 1.004 / temperature_of(temperature_ptr, floor) * LOG2E  # rounded unit rows may reach a cosine of 1.002
     return tl.where(most < headroom, 0.0, most - headroom)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prepare(
     rows_ptr, index_ptr, valid_ptr,  # [G, source, width] in any strides; [G, count] int64; [G, source] bool
     scaled_ptr, plain_ptr, weight_ptr,  # [G, padded, D] x sqrt(log2(e) / tau); [G, padded, D]; [G, padded]
@@ -55,7 +62,7 @@ def prepare(
     tl.store(weight_ptr + out, weight.to(tl.float32), mask=within)
     stored = within[:, None] & (feature < D)[None, :]
     at = out[:, None] * D + feature[None, :]
-    root = tl.sqrt(1.0 / temperature_of(temperature_ptr, floor) * LOG2E)
+    root = root_of(temperature_ptr, floor)
     tl.store(scaled_ptr + at, (x * root).to(scaled_ptr.dtype.element_ty), mask=stored)
     if COPY:
         tl.store(plain_ptr + at, x.to(plain_ptr.dtype.element_ty), mask=stored)
@@ -77,7 +84,7 @@ def log2_sum(sums_ptr, lse2_ptr, row, mask, parts, part_stride, shift, too_small
     return log2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def losses(
     own_ptr, partner_ptr, own_weight_ptr, partner_weight_ptr,  # prepared operands and weights
     index_ptr, positive_ptr,  # [G, count] int64: column of the outputs; row of the partner
@@ -123,7 +130,7 @@ def losses(
     tl.store(lse_ptr + out, tl.where(active, s * LN2 + loss, float("inf")), mask=mask)  # (infonce.4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*VARYING, "stride_group"))
 def weights(
     grad_losses_ptr, losses_ptr, lse_ptr, largest_ptr,  # [G, anchors] in any strides (first) or contiguous; [G] largest |g| of a group
     index_ptr,  # [G, count] int64

@@ -10,6 +10,7 @@ from torch import Tensor
 from pix2rep_kernels.triton.joint_forward import box_bits, spread
 from pix2rep_kernels.triton.joint_tiles import (
     HALF,
+    VARYING,
     Format,
     counted,
     displacement,
@@ -25,7 +26,7 @@ from pix2rep_kernels.triton.joint_tiles import (
 CHUNK = 16  # clusters that joint_side multiplies at a time, which keeps it in registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def joint_gradients(
     a_ptr, b_ptr, mask_ptr, weights_ptr, unit_ptr, grad_a_ptr, grad_b_ptr,  # weights [2, KP, KP]: G and its transpose, over unit
     scale, K, S, D, H, W,
@@ -51,7 +52,7 @@ def joint_gradients(
         tl.store(grad_b_ptr + at, grad.to(grad_b_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def joint_side(
     own_ptr, other_ptr, mask_ptr, weights_ptr, unit_ptr, grad_ptr,  # other holds probabilities; weights [displacements, KP, KP]
     scale, displacements, radius, sign, K, S, D, H, W,

@@ -10,6 +10,7 @@ from torch import Tensor
 from pix2rep_kernels.triton.joint_tiles import (
     BLOCK,
     HALF,
+    VARYING,
     Format,
     Map,
     counted,
@@ -23,7 +24,7 @@ from pix2rep_kernels.triton.joint_tiles import (
 from pix2rep_kernels.triton.tiles import product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def joint_spread(
     map_ptr, mask_ptr, out_ptr, K, S, D, H, W, stride_b, stride_k, stride_z, stride_y, stride_x,
     SOFTMAX: tl.constexpr, MASKED: tl.constexpr, FLAT: tl.constexpr, KP: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
@@ -37,7 +38,7 @@ def joint_spread(
     tl.store(out_ptr + at, p, mask=(k < K)[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def joint_box(in_ptr, out_ptr, count, size, pitch, reach, BLOCK: tl.constexpr):
     """out = sum over 2 reach + 1 neighbours along an axis of `size` entries that lie `pitch` apart; those outside are 0."""
     at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -49,7 +50,7 @@ def joint_box(in_ptr, out_ptr, count, size, pitch, reach, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, total, mask=at < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def joint_sums(
     a_ptr, b_ptr, mask_ptr, partial_ptr,  # partial [parts, displacements, K, K]
     tiles, parts, displacements, radius, scale_a, scale_b, K, S, D, H, W,
@@ -77,7 +78,7 @@ def joint_sums(
     tl.store(partial_ptr + out, total, mask=(k < K)[:, None] & (k < K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def joint_reduce(partial_ptr, out_ptr, parts, entries, scale, BLOCK: tl.constexpr):
     """out = scale * sum of the parts, in their order."""
     at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -13,6 +13,9 @@ WARPS = 1056  # 8 for each of the 132 multiprocessors of an H100 or H200
 BLOCK = 1024  # entries of a program without a product
 HALF = 15  # probabilities enter float16 products times 2^15: what underflows is below 2^-40
 
+# Of the kernels' arguments: compiled once for every value. Of the others it matters to loads whether they are 1 or a multiple of 16.
+VARYING = ("tiles", "parts", "displacements", "radius", "sign", "D", "H", "W", "size", "reach")
+
 
 @triton.jit
 def pixels(tile, S, D, H, W, dz, dy, dx, SHIFT: tl.constexpr, P: tl.constexpr):
@@ -63,7 +66,7 @@ def probabilities(map_ptr, at, known, counts, SOFTMAX: tl.constexpr):
     x = tl.load(map_ptr + at, mask=known[:, None] & counts[None, :], other=-float("inf") if SOFTMAX else 0.0).to(tl.float32)
     if SOFTMAX:
         e = tl.exp2((x - tl.max(x, 0)[None, :]) * LOG2E)
-        x = tl.where(counts[None, :], e / tl.sum(e, 0)[None, :], 0.0)
+        x = tl.where(counts[None, :], e * (1.0 / tl.sum(e, 0))[None, :], 0.0)  # a division is four products
     return x
 
 
@@ -118,7 +121,7 @@ def format_of(a: Tensor, b: Tensor, logits: bool) -> Format:
     half = logits and a.element_size() == 2 and b.element_size() == 2
     strict = torch.get_float32_matmul_precision() == "highest"
     # Few enough registers for three products a pair; more warps than padded x padded keeps busy would each hold the same operands.
-    pixels, warps = {16: (64, 1), 32: (64, 2), 64: (64, 4), 128: (32, 8)}[padded] if half else {16: (64, 1), 32: (32, 2), 64: (16, 4), 128: (16, 8)}[padded]
+    pixels, warps = {16: (64, 1), 32: (64, 2), 64: (64, 4), 128: (32, 8)}[padded] if half else {16: (32, 1), 32: (32, 2), 64: (16, 4), 128: (16, 8)}[padded]
     return Format(padded, pixels, half, "ieee" if half else "tf32x3" if strict else "tf32", warps)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pix2rep_kernels.triton.lncc_windows import at, columns, lncc_windows_kernel, pixel
+from pix2rep_kernels.triton.lncc_windows import VARYING, at, columns, lncc_windows_kernel, pixel
 
 BLOCK = 128
 WARPS = 4
@@ -62,7 +62,7 @@ def _seen(
     return mean_i, mean_j, a, b, di, b_j, dj
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def lncc_sums_kernel(
     weights, i, j, grad_i, grad_j, C, L, H, W, N, i_b, i_c, i_z, i_y, i_x, j_b, j_c, j_z, j_y, j_x,
     BOTH: tl.constexpr, K: tl.constexpr, KY: tl.constexpr, RING: tl.constexpr, UNROLLED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,

@@ -6,6 +6,9 @@ A lane is one column of pixels, z its index along the axis that is walked, (y, x
 import triton
 import triton.language as tl
 
+# Of the kernels' arguments: compiled once for every value. A lane loads single pixels, to which only the stride along x matters.
+VARYING = ("C", "L", "H", "W", "N", *(f"{name}_{axis}" for name in "ijg" for axis in "bczy"))
+
 
 @triton.jit
 def columns(P, W, C, L, N, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
@@ -110,7 +113,7 @@ def _clamped(x, eps):
     return tl.where(x <= eps, eps, x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def lncc_windows_kernel(
     i, j, grad_cc, out, eps, C, L, H, W, N, i_b, i_c, i_z, i_y, i_x, j_b, j_c, j_z, j_y, j_x, g_b, g_c, g_z, g_y, g_x,
     WEIGHTS: tl.constexpr, BOTH: tl.constexpr, K: tl.constexpr, KY: tl.constexpr, RING: tl.constexpr, UNROLLED: tl.constexpr, CHUNK: tl.constexpr,

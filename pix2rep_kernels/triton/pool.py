@@ -20,6 +20,9 @@ from pix2rep_kernels.layout import new_empty
 from pix2rep_kernels.triton.warp_points import spread, volume
 
 LEAST = 128  # pixels of a piece
+# Of the kernels' arguments: compiled once for every value.
+SIZES = ("P", "B", "D", "H", "W", "R", "BR", "ROWS")
+OF_LABELS = ("stride_b", "stride_z", "stride_y")  # read one at a time
 
 
 def piece(pixels: int) -> int:
@@ -49,7 +52,7 @@ def _label(labels, image, z, y, x, ok, R, stride_b, stride_z, stride_y, stride_x
     return label, ok & (label >= 0) & (label < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES + OF_LABELS)
 def pool_keys_kernel(labels, keys, P, B, D, H, W, R, stride_b, stride_z, stride_y, stride_x, BLOCK_P: tl.constexpr):
     """image * R + label, B * R for a pixel of no region."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -59,7 +62,7 @@ def pool_keys_kernel(labels, keys, P, B, D, H, W, R, stride_b, stride_z, stride_
     tl.store(keys + p, key.to(keys.dtype.element_ty), mask=p < P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_sum_kernel(
     features, order, starts, slots, owners, partials, BR, C, D, H, W, stride_b, stride_c, stride_z, stride_y, stride_x,
     PIECE: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -97,7 +100,7 @@ def pool_mean_kernel(starts, slots, partials, means, C, PIECE: tl.constexpr, BLO
     tl.store(means + region * C + c, mean.to(tl.float32), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_share_kernel(grad, counts, table, ROWS, R, C, stride_b, stride_r, stride_c, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """dmu_r / c_r of (pool.3) in the gradient's dtype, [B, R + 1, C]; the last row of an image is that of no region."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -111,7 +114,7 @@ def pool_share_kernel(grad, counts, table, ROWS, R, C, stride_b, stride_r, strid
     tl.store(table + row[:, None] * C + c[None, :], share.to(table.dtype.element_ty), mask=(row < ROWS)[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES + OF_LABELS)
 def pool_put_kernel(
     table, labels, out, P, C, D, H, W, R, stride_b, stride_z, stride_y, stride_x, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip

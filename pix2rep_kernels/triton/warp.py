@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pix2rep_kernels.triton.warp_backward import atomic, ordered
-from pix2rep_kernels.triton.warp_points import EPSILON, blocks, gather, locate, position, shared, spread, volume
+from pix2rep_kernels.triton.warp_points import EPSILON, VARYING, blocks, gather, locate, position, shared, spread, volume
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _store(rows, p, P, c, C, f, LAST: tl.constexpr):
     tl.store(at, f.to(rows.dtype.element_ty), mask=(p < P)[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def warp_forward_kernel(
     features, grid, points, rows, inside, norms, P, B, C, D, H, W, OD, OH, OW,
     stride_b, stride_c, stride_z, stride_y, stride_x, grid_b, grid_r, grid_c, points_stride,
@@ -48,7 +48,7 @@ def warp_forward_kernel(
                 squares += tl.sum(more * more, 1 if LAST else 0)
         norm = tl.sqrt_rn(squares)
         tl.store(norms + p, norm, mask=p < P)
-        scale = tl.div_rn(1.0, tl.maximum(norm, EPSILON))
+        scale = tl.div_rn(1.0, tl.where(norm < EPSILON, EPSILON, norm))  # NaN stays, which maximum drops
     along, _ = spread(scale, c, LAST)
     _store(rows, p, P, c, C, f * along, LAST)
     if LOOP:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pix2rep_kernels.triton.warp_points import EPSILON, blocks, locate, position, spread, tap, volume
+from pix2rep_kernels.triton.warp_points import EPSILON, VARYING, blocks, locate, position, spread, tap, volume
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _grad(grad_rows, rows, grad_p, grad_c, p, ok, c, C, dot, norm, NORMALIZE: tl
     df = tl.load(grad_rows + p[:, None] * grad_p + c[None, :].to(tl.int64) * grad_c, mask=mask, other=0).to(tl.float32)
     if NORMALIZE:
         y = tl.load(rows + p[:, None] * C + c[None, :], mask=mask, other=0).to(tl.float32)
-        scale = tl.div_rn(1.0, tl.maximum(norm, EPSILON))
+        scale = tl.div_rn(1.0, tl.where(norm < EPSILON, EPSILON, norm))
         df = (df - tl.where(norm < EPSILON, 0.0, dot)[:, None] * y) * scale[:, None]
     return df
 
@@ -51,7 +51,7 @@ def scatter(
                 tl.atomic_add(at + channel.to(tl.int64) * stride_c, w * df, mask=mask, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def warp_backward_atomic_kernel(
     grad_rows, rows, norms, grid, points, grad_features, P, B, C, D, H, W, OD, OH, OW,
     stride_b, stride_c, stride_z, stride_y, stride_x, grid_b, grid_r, grid_c, points_stride, grad_p, grad_c,
@@ -78,7 +78,7 @@ def warp_backward_atomic_kernel(
         scatter(to, stride_c, c, C, ok, x, y, z, bad, D, H, W, stride_z, stride_y, stride_x, df, BORDER, TAPS, DIMS, LAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def warp_backward_records_kernel(
     grad_rows, rows, grid, points, keys, weights, dots, P, B, C, D, H, W, OD, OH, OW,
     grid_b, grid_r, grid_c, points_stride, grad_p, grad_c,

@@ -13,11 +13,19 @@ from torch import Tensor
 
 EPSILON = tl.constexpr(1e-12)
 TAPS = {"nearest": 1, "linear": 2, "bicubic": 4}  # an axis
+# Of the kernels' arguments: compiled once for every value. Of the others it matters to loads whether they are 1 or a multiple of 16.
+VARYING = (
+    "P", "B", "OD", "OH", "OW", "D", "H", "W", "D1", "H1", "W1", "D2", "H2", "W2",
+    "grid_b", "grid_r", "grid_c", "grid1_b", "grid1_r", "grid1_c", "grid2_b", "grid2_r", "grid2_c",
+)  # fmt: skip
 
 
 def blocks(channels: int, channels_last: bool, taps: int, backward: bool = False) -> tuple[int, int, int]:
-    """(BLOCK_P, BLOCK_C, num_warps): as many values a thread as their taps and addresses fit in registers, unaligned rows included (no spills)."""
+    """(BLOCK_P, BLOCK_C, num_warps): as many values a thread as their taps and addresses fit in registers (no spills); rows that are not aligned
+    need an address a value."""
     values = {8: 1024, 16: 256}.get(taps, 2048)
+    if channels_last and channels % 16 and taps == 4:
+        values //= 2
     if backward:
         values = max(values // 2, 256)
     widest = values // 4 if channels_last else 16 if taps > 4 or backward else 64
