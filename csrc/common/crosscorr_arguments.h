@@ -23,7 +23,7 @@ struct CrosscorrArguments {
     PIX2REP_EXPECT(y.dim() == 2 && y.size(0) == n, "y", "have shape [N, D2] with x's N", y.dim(), " axes of which the first is ",
                    y.dim() ? y.size(0) : 0);
     d2 = y.size(1);
-    with_float_type(x.scalar_type(), "x", [](auto) {}), with_float_type(y.scalar_type(), "y", [](auto) {});
+    expect_float(x, "x"), expect_float(y, "y");
     type = compute_type(x, y);
     if (weight) this->weight = vector(*weight, "weight", n);
   }

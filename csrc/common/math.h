@@ -2,14 +2,17 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define PIX2REP_BOTH __host__ __device__ __forceinline__
 #else
-#define PIX2REP_BOTH inline
+#define PIX2REP_BOTH static inline  // a copy of its own for every instruction set
 #endif
 
 namespace pix2rep {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
