@@ -137,7 +137,8 @@ Tensor backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes 
         const int lanes = lanes_of(w.channels, vector);
         launch("warp_scatter_rows", kernel, blocks_of(w.count * lanes), kWarpThreads, 0, w, lanes, up, to);
       };
-      if (w.stride_channel == 1 && w.channels % 4 == 0)
+      const bool whole = reinterpret_cast<uintptr_t>(up.grad_rows) % (4 * sizeof(S)) == 0;  // a view of another tensor may start anywhere
+      if (w.stride_channel == 1 && w.channels % 4 == 0 && whole)
         rows_kernel(&warp_scatter_rows<S, 4, t, d>, 4);
       else if (w.stride_channel == 1)
         rows_kernel(&warp_scatter_rows<S, 1, t, d>, 1);
