@@ -14,10 +14,10 @@ namespace {
 // Whether the spatial axes are one axis; its stride, 0 of no axis longer than 1.
 bool one_axis(const Tensor& t, int64_t& stride) {
   stride = 0;
-  int64_t expected = 0;
+  int64_t expected = -1;  // of no axis yet; an expanded one has 0
   for (int64_t axis = t.dim() - 1; axis >= 2; --axis) {
     if (t.size(axis) == 1) continue;
-    if (stride == 0) stride = expected = t.stride(axis);
+    if (expected < 0) stride = expected = t.stride(axis);
     if (t.stride(axis) != expected) return false;
     expected *= t.size(axis);
   }
