@@ -42,9 +42,8 @@ struct PoolArguments {
   PoolArguments(const Tensor& grad_means, const Tensor& counts, const Tensor& labels, const Tensor& like, const Sizes& shape) : shape(shape) {
     PIX2REP_EXPECT(shape.size() >= 3, "shape", "be [B, C, *S]", shape.size(), " axes");
     expect_float(like, "like");
-    PIX2REP_EXPECT(counts.dim() == 2 && counts.size(0) == shape[0], "counts", "have shape [B, R]", counts.dim(), " axes of which the first is ",
-                   counts.dim() ? counts.size(0) : 0);
-    PIX2REP_EXPECT(counts.scalar_type() == ScalarType::Long, "counts", "be int64", "scalar type ", int(counts.scalar_type()));
+    PIX2REP_EXPECT(counts.dim() == 2 && counts.size(0) == shape[0] && counts.scalar_type() == ScalarType::Long, "counts", "be int64 of shape [B, R]",
+                   counts.dim(), " axes of scalar type ", int(counts.scalar_type()));
     regions = counts.size(1);
     check_sizes(labels);
     PIX2REP_EXPECT(grad_means.dim() == 3 && grad_means.size(0) == shape[0] && grad_means.size(1) == regions && grad_means.size(2) == shape[1], "grad_means",
