@@ -205,6 +205,7 @@ def test_strides(backend):
         "channels": (wide[:, 3:30:2], labels), "rows": (wide[:, :, 1:-1], labels[:, 1:-1]), "columns": (wide[:, :, :, 1:-2], labels[:, :, 1:-2]),
         "images": (wide[::2], labels[::2]), "transposed": (wide.transpose(2, 3), labels.transpose(1, 2)), "one image": (wide[:1].expand(4, -1, -1, -1), labels),
         "one channel": (wide[:, :1].expand(-1, 20, -1, -1), labels), "one pixel": (wide[:, :, :1, :1].expand(-1, -1, 5, 6), labels[:, :5, :6]),
+        "one column": (wide[:, :, :, :1].expand(-1, -1, -1, 14), labels), "one column, last": (last[:, :, :, :1].expand(-1, -1, -1, 14), labels),
         "offset": (torch.randn(wide.numel() + 1)[1:].view_as(wide), labels), "channels of last": (last[:, 5:25], labels),
         "one channel of last": (last[:, 5:6], labels), "columns of last": (last[:, :, :, 1:-2], labels[:, :, 1:-2]),
         "expanded labels": (wide, labels[:1].expand(4, -1, -1)), "labels of one pixel": (last, labels[:, :1, :1].expand(-1, 12, 14)),

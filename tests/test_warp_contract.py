@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pix2rep_kernels import warp
+from pix2rep_kernels import native, warp
 from pix2rep_kernels.testing import backends, error
 from warp_helpers import DEVICE, FAST, GPU, both, ours, problem
 
@@ -109,6 +109,22 @@ def test_native_op_checks_size_itself(dims, size):
 
 
 # Determinism
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_gradients_of_rows_at_odd_addresses_and_of_points_outside_the_grid(channels_last):
+    """What CUDA cannot refuse without reading it back: a point that is none adds nothing to the gradient."""
+    if not native.emulated() or native.why_missing("cuda"):
+        pytest.skip("build with PIX2REP_BUILD=emulate")
+    for dtype in (torch.float32, torch.float16):
+        grad_rows, rows, grid = torch.randn(13)[1:].view(3, 4).to(dtype), torch.randn(3, 4, dtype=dtype), torch.zeros(1, 2, 3)
+        odd = torch.empty(13, dtype=dtype)[1:].view(3, 4).copy_(grad_rows)
+        options = ("linear", True, "border", True, [1, 4, 3, 3], channels_last)
+        for name in ("warp_backward", "warp_backward_ordered"):
+            op = getattr(native.namespace("cuda"), name)
+            outside = op(odd, rows, torch.ones(3), grid, [2, 2], torch.tensor([0, -1, 7]), *options)
+            inside = op(grad_rows[:1], rows[:1], torch.ones(1), grid, [2, 2], torch.tensor([0]), *options)
+            assert torch.equal(outside, inside)
 
 
 @pytest.mark.parametrize("layout", ["last", "first"])

@@ -1,30 +1,14 @@
-// What an op is told of a grid over a map, checked: the affine or dense grid, the size of its output, the options.
+// What warp and align are told of a grid over a map, checked for every C++ backend: the affine or dense grid, the size of its output, the options.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <string>
-#include <vector>
 
 #include "check.h"
-#include "view.h"
+#include "shape.h"
 
 namespace pix2rep {
-
-using Sizes = std::vector<int64_t>;
-
-inline int64_t product(const int64_t* begin, const int64_t* end) {
-  int64_t out = 1;
-  for (; begin != end; ++begin) out *= *begin;
-  return out;
-}
-
-inline Sizes shape_of(const Tensor& tensor) {
-  Sizes shape;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape.push_back(tensor.size(axis));
-  return shape;
-}
 
 // One grid over a map of the given shape; the names are those of the map and the grid.
 struct GridArguments {
@@ -41,11 +25,18 @@ struct GridArguments {
     PIX2REP_EXPECT(dims == 2 || dims == 3, map_name, "have shape [B, C, H, W] or [B, C, D, H, W]", shape.size(), " axes");
     PIX2REP_EXPECT(int(size.size()) == dims, "size", "have one entry a spatial axis", size.size());
     for (const int64_t n : size) PIX2REP_EXPECT(n >= 0 && n <= (1 << 24), "size", "have entries of 0 to 2^24", n);
+    double points = double(shape[0]);
+    for (const int64_t n : size) points *= double(n);
+    PIX2REP_EXPECT(points < double(int64_t(1) << 62), "size", "have B * prod(size) < 2^62 points", points);
     PIX2REP_EXPECT(border || padding_mode == "zeros", "padding_mode", "be 'zeros' or 'border'", padding_mode);
     PIX2REP_EXPECT(mode == "linear" || mode == "nearest" || (mode == "bicubic" && dims == 2), "mode", "be 'linear', 'nearest' or, in 2D, 'bicubic'", mode);
     taps = mode == "linear" ? 2 : mode == "nearest" ? 1 : 4;
-    for (int axis = 0; axis < dims; ++axis)
+    double pixels = 1;  // of an image, whose indices are int32; coordinates are float
+    for (int axis = 0; axis < dims; ++axis) {
       PIX2REP_EXPECT(shape[2 + axis] > 0 && shape[2 + axis] <= (1 << 24), map_name, "have spatial axes of 1 to 2^24", shape[2 + axis]);
+      pixels *= double(shape[2 + axis]);
+    }
+    PIX2REP_EXPECT(pixels < double(int64_t(1) << 31), map_name, "have fewer than 2^31 pixels an image", pixels);
     check_grid(grid_name);
   }
 

@@ -2,14 +2,17 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define PIX2REP_BOTH __host__ __device__ __forceinline__
 #else
-#define PIX2REP_BOTH inline
+#define PIX2REP_BOTH static inline  // a copy of its own for every instruction set
 #endif
 
 namespace pix2rep {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -28,5 +31,15 @@ PIX2REP_BOTH float one_minus_exp(float x) {
 
 // log(1 + 2^x), accurate where it is near 0; NaN stays.
 PIX2REP_BOTH float softplus2(float x) { return (x < 0 ? 0 : x) * kLn2 + log1p_of_unit(exp2f(-fabsf(x))); }
+
+// Keys' cubic weights, a = -3/4, at distance d: near up to 1, far from 1 to 2.
+template <class T>
+PIX2REP_BOTH T near_weight(T d) {
+  return (T(1.25) * d - T(2.25)) * d * d + T(1);
+}
+template <class T>
+PIX2REP_BOTH T far_weight(T d) {
+  return ((T(-0.75) * d + T(3.75)) * d - T(6)) * d + T(3);
+}
 
 }  // namespace pix2rep

@@ -33,6 +33,9 @@ auto with_float_type(ScalarType type, const char* argument, F&& f) {
   }
 }
 
+// Refuses a tensor of another type than those.
+inline void expect_float(const Tensor& tensor, const char* argument) { with_float_type(tensor.scalar_type(), argument, [](auto) {}); }
+
 // Of sums and norms: float32, or float64 where a tensor is.
 template <class... Tensors>
 ScalarType compute_type(const Tensors&... tensors) {

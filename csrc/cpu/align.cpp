@@ -1,10 +1,13 @@
 // pix2rep_native::align and align_backward on the CPU: schemas, argument checks, layouts, storage types.
+#include <torch/csrc/stable/library.h>
+
 #include <optional>
 #include <tuple>
 
-#include "parallel.h"
 #include "align_core.h"
-#include "warp_arguments.h"
+#include "maps.h"
+#include "parallel.h"
+#include "warp_grid.h"
 
 namespace pix2rep {
 namespace {
@@ -21,6 +24,7 @@ struct Arguments {
     PIX2REP_EXPECT(mode != "bicubic", "mode", "be 'linear' or 'nearest'", mode);
     PIX2REP_EXPECT(two.dims == one.dims && two.shape[0] == one.shape[0] && two.shape[1] == one.shape[1], "f2", "have the batch, channels and rank of f1",
                    two.shape.size(), " axes of which the first are ", two.shape[0], ", ", two.shape[1]);
+    expect_float(f1, "f1");
     PIX2REP_EXPECT(f1.scalar_type() == f2.scalar_type(), "f2", "have the dtype of f1", "scalar type ", int(f2.scalar_type()));
   }
 
@@ -48,7 +52,7 @@ struct Arguments {
  private:
   template <class S, class F>
   static void with_taps(const GridArguments& in, const Points& points, Side<S>& side, const F& f) {
-    in.with_grid([&](const auto& w) {
+    with_grid(in, [&](const auto& w) {
       const Warp<S, std::decay_t<decltype(w.grid[0])>> warp{w, points};
       side.locate = [&warp](const Points::Range& range, int32_t* index, Compute<S>* weight, bool* inside) {
         return warp.chunk(range, index, weight, inside);

@@ -87,8 +87,8 @@ struct Arguments : InfonceShape {
   InfonceInputs<T> group(int64_t g) const {
     const auto at = [&](const Optional& t, auto zero, int64_t count) { return t ? data<decltype(zero)>(*t) + g * count : nullptr; };
     return {negatives, n, m, d, queue ? queue->size(0) : 0, row_source<T>(a, "a", g), row_source<T>(b, "b", g),
-            queue && queue->size(0) ? row_source<T>(*queue, "queue", 0) : RowSource<T>{}, at(positive, int64_t{}, n), at(valid_a, bool{}, n), at(valid_b, bool{}, m),
-            id_a.empty() ? nullptr : id_a.data() + g * n, id_b.empty() ? nullptr : id_b.data() + g * m, tau};
+            queue && queue->size(0) ? row_source<T>(*queue, "queue", 0) : RowSource<T>{}, at(positive, int64_t{}, n), at(valid_a, bool{}, n),
+            at(valid_b, bool{}, m), id_a.empty() ? nullptr : id_a.data() + g * n, id_b.empty() ? nullptr : id_b.data() + g * m, tau};
   }
 
   // f(group, parallel): many small groups run side by side, a large one spreads over the threads.
@@ -126,7 +126,9 @@ struct Arguments : InfonceShape {
 };
 
 std::tuple<Tensor, Tensor> infonce(Tensor a, Tensor b, Tensor temperature, double temperature_floor, std::string negatives, Optional positive,
-                                   Optional valid_a, Optional valid_b, Optional ids_a, Optional ids_b, Optional queue, std::optional<std::string>) {
+                                   Optional valid_a, Optional valid_b, Optional ids_a, Optional ids_b, Optional queue,
+                                   std::optional<std::string> precision) {
+  expect_precision(precision);
   const Arguments in(a, b, temperature, temperature_floor, negatives, positive, valid_a, valid_b, ids_a, ids_b, queue);
   const int64_t anchors = in.anchors();
   Tensor losses = torch::stable::new_empty(a, {in.groups, anchors}, in.type), lse = torch::stable::new_empty(a, {in.groups, anchors}, in.type);
@@ -141,11 +143,12 @@ std::tuple<Tensor, Tensor> infonce(Tensor a, Tensor b, Tensor temperature, doubl
 
 std::tuple<Tensor, Tensor, Tensor> infonce_backward(Tensor grad_losses, Tensor losses, Tensor lse, Tensor a, Tensor b, Tensor temperature,
                                                     double temperature_floor, std::string negatives, Optional positive, Optional valid_a,
-                                                    Optional valid_b, Optional ids_a, Optional ids_b, Optional queue, std::optional<std::string>,
-                                                    bool need_a, bool need_b, bool need_temperature) {
+                                                    Optional valid_b, Optional ids_a, Optional ids_b, Optional queue,
+                                                    std::optional<std::string> precision, bool need_a, bool need_b, bool need_temperature) {
+  expect_precision(precision);
   const Arguments in(a, b, temperature, temperature_floor, negatives, positive, valid_a, valid_b, ids_a, ids_b, queue);
   const int64_t anchors = in.anchors();
-  in.expect_saved(grad_losses, "grad_losses"), in.expect_saved(losses, "losses"), in.expect_saved(lse, "lse");
+  in.expect_saved(grad_losses, losses, lse, in.type);
   const auto zeros = [](const Tensor& like, bool need) {
     return need ? torch::stable::new_zeros(like, {like.size(0), like.size(1), like.size(2)}) : torch::stable::new_empty(like, {0});
   };

@@ -13,13 +13,10 @@
 #include <sys/mman.h>
 #endif
 
-#include "../common/check.h"
-#include "../common/view.h"
+#include "../common/shape.h"
 #include "storage.h"
 
 namespace pix2rep {
-
-using Sizes = std::vector<int64_t>;
 
 // PyTorch's types as the kernels know them.
 template <class S>
@@ -32,24 +29,6 @@ auto with_storage(ScalarType type, const char* argument, const F& f) {
 
 inline Storage storage_of(const Tensor& tensor, const char* argument) {
   return with_storage(tensor.scalar_type(), argument, [](auto zero) { return kStorage<decltype(zero)>; });
-}
-
-inline int64_t product(const int64_t* begin, const int64_t* end) {
-  int64_t out = 1;
-  for (; begin != end; ++begin) out *= *begin;
-  return out;
-}
-
-inline Sizes shape_of(const Tensor& tensor) {
-  Sizes shape;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape.push_back(tensor.size(axis));
-  return shape;
-}
-
-// [B, *S] of [B, C, *S].
-inline Sizes without_channels(Sizes shape) {
-  shape.erase(shape.begin() + 1);
-  return shape;
 }
 
 // Whether axes [first, dim) are one axis of that stride.
@@ -110,15 +89,7 @@ inline Tensor prepared(Tensor gradient) {
 
 // A gradient of that shape and the dtype of `like`. Channels-last memory is allocated as [B, *S, C]: `in_place` puts the axes in place at the end.
 inline Tensor new_gradient(const Tensor& like, const Sizes& shape, bool channels_last) {
-  Sizes memory = channels_last ? without_channels(shape) : shape;
-  if (channels_last) memory.push_back(shape[1]);
-  return prepared(torch::stable::new_empty(like, memory));
-}
-
-inline Tensor in_place(Tensor gradient, bool channels_last) {
-  if (channels_last)
-    for (int64_t axis = gradient.dim() - 1; axis > 1; --axis) gradient = torch::stable::transpose(gradient, axis - 1, axis);
-  return gradient;
+  return prepared(torch::stable::new_empty(like, memory_of(shape, channels_last)));
 }
 
 template <class S>

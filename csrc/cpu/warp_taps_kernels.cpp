@@ -6,6 +6,7 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+#include "../common/math.h"
 #include "warp_kernels.h"
 
 namespace pix2rep {
@@ -76,16 +77,6 @@ static void coordinates(const WarpGrid<G>& w, int64_t image, const int64_t* poin
       g[row][i] = sum + shift;
     }
   }
-}
-
-// Keys' weights, a = -3/4; near for distances up to 1, far up to 2.
-template <class G>
-static inline G near_weight(G d) {
-  return (G(1.25) * d - G(2.25)) * d * d + G(1);
-}
-template <class G>
-static inline G far_weight(G d) {
-  return ((G(-0.75) * d - G(-3.75)) * d + G(-6)) * d - G(-3);
 }
 
 // One tap of each point along one axis: the nearest index inside the map, and the weight, 0 outside when padding is "zeros".

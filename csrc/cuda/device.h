@@ -93,6 +93,9 @@ __device__ __forceinline__ int unknown(int x) {
   return x;
 }
 
+// The emulation refuses other addresses, as the chip would.
+__device__ __forceinline__ void expect_aligned(const void*, size_t) {}
+
 // Marks code that tiles in the interior do not run, for benchmarks/cuda_static.py to leave out of its count.
 __device__ __forceinline__ void rarely() {
 #ifdef PIX2REP_STATIC

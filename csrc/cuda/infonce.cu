@@ -78,7 +78,9 @@ std::vector<Found> negatives(const Problem& problem) {
 
 std::tuple<Tensor, Tensor> forward(Tensor a, Tensor b, Tensor temperature, double floor, std::string kind, Optional positive, Optional valid_a,
                                    Optional valid_b, Optional ids_a, Optional ids_b, Optional queue, std::optional<std::string> precision) {
-  const Problem problem(a, b, temperature, floor, kind, positive, valid_a, valid_b, ids_a, ids_b, queue, precision, false);
+  expect_precision(precision);
+  const InfonceShape shape = checked(a, b, temperature, kind, positive, valid_a, valid_b, ids_a, ids_b, queue);
+  const Problem problem(shape, a, b, temperature, floor, positive, valid_a, valid_b, ids_a, ids_b, queue, precision, false);
   Tensor out = problem.floats({problem.groups, problem.anchors()}), lse = problem.floats({problem.groups, problem.anchors()});
   if (problem.index) torch::stable::fill_(out, NAN), torch::stable::fill_(lse, NAN);  // rows of b that no index names
   if (problem.groups * problem.n == 0) return {out, lse};
@@ -134,9 +136,11 @@ Weights weights_in(const Tensor& memory) {
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_losses, Tensor losses, Tensor lse, Tensor a, Tensor b, Tensor temperature, double floor,
                                             std::string kind, Optional positive, Optional valid_a, Optional valid_b, Optional ids_a, Optional ids_b,
                                             Optional queue, std::optional<std::string> precision, bool need_a, bool need_b, bool need_temperature) {
-  const Problem problem(a, b, temperature, floor, kind, positive, valid_a, valid_b, ids_a, ids_b, queue, precision, true);
-  problem.expect_saved(grad_losses, "grad_losses"), problem.expect_saved(losses, "losses"), problem.expect_saved(lse, "lse");
-  PIX2REP_EXPECT(losses.scalar_type() == ScalarType::Float && lse.scalar_type() == ScalarType::Float, "losses", "be float32 as `lse` is", "another dtype");
+  expect_precision(precision);
+  const InfonceShape shape = checked(a, b, temperature, kind, positive, valid_a, valid_b, ids_a, ids_b, queue);
+  shape.expect_saved(grad_losses, losses, lse, ScalarType::Float);
+  expect_home({{a, "a"}, {grad_losses, "grad_losses"}, {losses, "losses"}, {lse, "lse"}});
+  const Problem problem(shape, a, b, temperature, floor, positive, valid_a, valid_b, ids_a, ids_b, queue, precision, true);
   losses = torch::stable::contiguous(losses), lse = torch::stable::contiguous(lse);
   const int64_t groups = problem.groups, anchors = problem.anchors();
   const bool needs[] = {need_a, need_b}, none = groups * problem.n == 0;

@@ -7,6 +7,7 @@
 #include "../common/infonce_arguments.h"
 #include "infonce_rows.cuh"
 #include "infonce_sweeps.h"
+#include "storage.h"
 
 namespace pix2rep::infonce {
 
@@ -18,13 +19,22 @@ struct Rows {
 };
 
 inline Storage storage_of(const Tensor& tensor, const char* name) {
+  expect_storage(tensor, name);
   const ScalarType type = tensor.scalar_type();
-  PIX2REP_EXPECT(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float, name, "be float16, bfloat16 or float32",
-                 "scalar type ", int(type));
   return type == ScalarType::Half ? Storage::float16 : type == ScalarType::BFloat16 ? Storage::bfloat16 : Storage::float32;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// The arguments of both passes, checked: what every backend takes, and of it what CUDA does.
+inline InfonceShape checked(const Tensor& a, const Tensor& b, const Tensor& tau, const std::string& kind, const OptionalTensor& positive,
+                            const OptionalTensor& valid_a, const OptionalTensor& valid_b, const OptionalTensor& ids_a, const OptionalTensor& ids_b,
+                            const OptionalTensor& queue) {
+  const InfonceShape shape(a, b, tau, kind, positive, valid_a, valid_b, ids_a, ids_b, queue);
+  expect_storage(a, "a"), expect_storage(b, "b");
+  if (queue) expect_storage(*queue, "queue");
+  PIX2REP_EXPECT(tau.scalar_type() == ScalarType::Float, "temperature", "be float32", "scalar type ", int(tau.scalar_type()));
+  PIX2REP_EXPECT(shape.d <= (1 << 20), "a", "have at most 2^20 features on CUDA", shape.d);
+  return shape;
+}
 
 template <class T>
 const T* data_or_null(const OptionalTensor& t) {
@@ -42,16 +52,13 @@ struct Problem : InfonceShape {
   float too_small;
   Regime regime;
 
-  Problem(const Tensor& a, const Tensor& b, const Tensor& tau, double floor, const std::string& kind, const OptionalTensor& given,
-          const OptionalTensor& valid_a, const OptionalTensor& valid_b, const OptionalTensor& ids_a, const OptionalTensor& ids_b, const OptionalTensor& queue,
-          const std::optional<std::string>& precision, bool gradient)
-      : InfonceShape(a, b, tau, kind, given, valid_a, valid_b, ids_a, ids_b, queue), launch(a), a(a), b(b), has_ids(ids_a.has_value()), gradient(gradient) {
-    const std::pair<const OptionalTensor*, const char*> optional[] = {{&given, "positive"}, {&valid_a, "valid_a"}, {&valid_b, "valid_b"},
-                                                                      {&ids_a, "ids_a"},    {&ids_b, "ids_b"},     {&queue, "queue"}};
-    for (const auto& [tensor, name] : optional)
-      if (*tensor) expect_home(**tensor, name);
-    expect_home(b, "b"), expect_home(tau, "temperature");
-    PIX2REP_EXPECT(tau.scalar_type() == ScalarType::Float, "temperature", "be float32", "scalar type ", int(tau.scalar_type()));
+  Problem(const InfonceShape& shape, const Tensor& a, const Tensor& b, const Tensor& tau, double floor, const OptionalTensor& given,
+          const OptionalTensor& valid_a, const OptionalTensor& valid_b, const OptionalTensor& ids_a, const OptionalTensor& ids_b,
+          const OptionalTensor& queue, const std::optional<std::string>& precision, bool gradient)
+      : InfonceShape(shape),
+        launch({{a, "a"}, {b, "b"}, {tau, "temperature"}, {given, "positive"}, {valid_a, "valid_a"}, {valid_b, "valid_b"}, {ids_a, "ids_a"},
+                {ids_b, "ids_b"}, {queue, "queue"}}),
+        a(a), b(b), has_ids(ids_a.has_value()), gradient(gradient) {
     (negatives == Negatives::forward ? positive : index) = contiguous(given);
     const bool wide = a.scalar_type() == ScalarType::Float || b.scalar_type() == ScalarType::Float;
     split = precision ? *precision != "fp16" : wide;
@@ -112,10 +119,6 @@ struct Problem : InfonceShape {
   Tensor floats(std::initializer_list<int64_t> shape) const { return torch::stable::new_empty(a, std::vector<int64_t>(shape), ScalarType::Float); }
 
  private:
-  void expect_home(const Tensor& tensor, const char* name) const {
-    PIX2REP_EXPECT(tensor.is_cpu() == a.is_cpu() && tensor.get_device_index() == a.get_device_index(), name, "be on the device of a", "another device");
-  }
-
   Rows allocate(int64_t count_groups, int64_t count, bool masked) const {
     Rows rows;
     Operand& operand = rows.operand;

@@ -1,87 +1,44 @@
 // pix2rep_native::pool and pool_backward on CUDA: arguments, layouts, which kernel.
 #include <tuple>
-#include <vector>
 
-#include "../common/check.h"
-#include "../common/view.h"
+#include "../common/math.h"
+#include "../common/pool_arguments.h"
 #include "launch.h"
 #include "pool_kernels.cuh"
 #include "sort.h"
+#include "storage.h"
 
 namespace pix2rep {
 namespace {
 
-using Sizes = std::vector<int64_t>;
-
-// f(zero of the labels' type)
-template <class F>
-void with_label_type(const Tensor& labels, const F& f) {
-  switch (labels.scalar_type()) {
-    case ScalarType::Byte:
-      return f(uint8_t{});
-    case ScalarType::Char:
-      return f(int8_t{});
-    case ScalarType::Short:
-      return f(int16_t{});
-    case ScalarType::Int:
-      return f(int32_t{});
-    case ScalarType::Long:
-      return f(int64_t{});
-    default:
-      STD_TORCH_CHECK(false, "`labels` must be uint8, int8, int16, int32 or int64, got scalar type ", int(labels.scalar_type()));
-  }
-}
-
-template <class F>
-void with_storage(ScalarType type, const char* argument, const F& f) {
-  with_float_type(type, argument, [&](auto zero) {
-    if constexpr (sizeof(zero) == 8) {
-      STD_TORCH_CHECK(false, "`", argument, "` must be float16, bfloat16 or float32 on CUDA, got float64");
-    } else {
-      f(zero);
-    }
-  });
-}
-
-void check_labels(const Tensor& labels, const Sizes& shape) {
-  PIX2REP_EXPECT(shape.size() >= 3, "features", "have shape [B, C, *S]", shape.size(), " axes");
-  bool fits = labels.dim() + 1 == int64_t(shape.size()) && labels.size(0) == shape[0];
-  for (int64_t axis = 1; fits && axis < labels.dim(); ++axis) fits = labels.size(axis) == shape[axis + 1];
-  PIX2REP_EXPECT(fits, "labels", "have the shape [B, *S] of the features", labels.dim(), " axes of which the first is ", labels.dim() ? labels.size(0) : 0);
-}
-
 // Whether the spatial axes are one axis; its stride, 0 of no axis longer than 1.
 bool one_axis(const Tensor& t, int64_t& stride) {
   stride = 0;
-  int64_t expected = 0;
+  int64_t expected = -1;  // of no axis yet; an expanded one has 0
   for (int64_t axis = t.dim() - 1; axis >= 2; --axis) {
     if (t.size(axis) == 1) continue;
-    if (stride == 0) stride = expected = t.stride(axis);
+    if (expected < 0) stride = expected = t.stride(axis);
     if (t.stride(axis) != expected) return false;
     expected *= t.size(axis);
   }
   return true;
 }
 
-int64_t blocks_of(int64_t threads) { return (threads + kPoolThreads - 1) / kPoolThreads; }
+int64_t blocks_of(int64_t threads) { return ceil_div(threads, kPoolThreads); }
 
 std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regions) {
-  const Sizes shape = [&] {
-    Sizes sizes;
-    for (int64_t axis = 0; axis < features.dim(); ++axis) sizes.push_back(features.size(axis));
-    return sizes;
-  }();
-  PIX2REP_EXPECT(regions >= 0, "regions", "be >= 0", regions);
-  check_labels(labels, shape);
+  const PoolArguments in(features, labels, regions);
+  expect_storage(features, "features");
+  const Launch launch({{features, "features"}, {labels, "labels"}});
+  const Sizes& shape = in.shape;
   Tensor means = torch::stable::new_empty(features, {shape[0], regions, shape[1]}, ScalarType::Float);
   Tensor counts = torch::stable::new_empty(features, {shape[0], regions}, ScalarType::Long);
   if (counts.numel() == 0) return {means, counts};
-  const Launch launch(features);
   PoolProblem p{shape[0], shape[1], labels.numel() / shape[0], regions, 0, 0, 0};
   if (!one_axis(features, p.stride_pixel)) features = torch::stable::contiguous(features), one_axis(features, p.stride_pixel);
   p.stride_batch = features.stride(0), p.stride_channel = features.stride(1);
   labels = torch::stable::contiguous(labels);
-  const int64_t total = p.batch * p.pixels, chunks = (total + kPoolChunk - 1) / kPoolChunk;
+  const int64_t total = p.batch * p.pixels, chunks = ceil_div(total, kPoolChunk);
   Tensor keys = torch::stable::new_empty(features, {total}, ScalarType::Long);
   with_label_type(labels, [&](auto zero) {
     using L = decltype(zero);
@@ -100,7 +57,7 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regio
     const bool last = p.stride_channel == 1 && p.channels > 1;
     const bool aligned = p.channels % wide == 0 && p.stride_pixel % wide == 0 && p.stride_batch % wide == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
     const auto rows = [&](auto kernel, int vector) {
-      const int64_t blocks = (p.channels + 32 * vector - 1) / (32 * vector);
+      const int64_t blocks = ceil_div(p.channels, 32 * vector);
       launch("pool_rows", kernel, blocks_of(chunks * blocks * 32), kPoolThreads, 0, p, blocks, from, data<int64_t>(sorted), data<int64_t>(order),
              data<int64_t>(starts), mutable_data<float>(means), mutable_data<double>(slots));
     };
@@ -117,18 +74,12 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regio
 }
 
 Tensor backward(Tensor grad_means, Tensor counts, Tensor labels, Tensor like, Sizes shape, bool channels_last) {
-  check_labels(labels, shape);
-  PIX2REP_EXPECT(counts.dim() == 2 && counts.size(0) == shape[0] && counts.scalar_type() == ScalarType::Long, "counts", "be int64 of shape [B, R]",
-                 counts.dim(), " axes");
-  const int64_t regions = counts.size(1), channels = shape[1];
-  PIX2REP_EXPECT(grad_means.dim() == 3 && grad_means.size(0) == shape[0] && grad_means.size(1) == regions && grad_means.size(2) == channels, "grad_means",
-                 "have shape [B, R, C]", grad_means.dim(), " axes");
-  PIX2REP_EXPECT(grad_means.scalar_type() == ScalarType::Float, "grad_means", "be float32", "scalar type ", int(grad_means.scalar_type()));
+  const PoolArguments in(grad_means, counts, labels, like, shape);
+  expect_storage(like, "like");
+  const Launch launch({{like, "like"}, {grad_means, "grad_means"}, {counts, "counts"}, {labels, "labels"}});
+  const int64_t regions = in.regions, channels = shape[1];
   grad_means = torch::stable::contiguous(grad_means), counts = torch::stable::contiguous(counts), labels = torch::stable::contiguous(labels);
-  Sizes memory = shape;
-  if (channels_last) memory.erase(memory.begin() + 1), memory.push_back(channels);
-  Tensor grad = torch::stable::new_empty(like, memory);
-  const Launch launch(grad_means);
+  const Tensor grad = torch::stable::new_empty(like, memory_of(shape, channels_last));
   if (grad.numel() > 0)
     with_storage(like.scalar_type(), "like", [&](auto zero) {
       using S = decltype(zero);
@@ -149,8 +100,7 @@ Tensor backward(Tensor grad_means, Tensor counts, Tensor labels, Tensor like, Si
           p.pixels % wide == 0 ? spread(&pool_spread<S, L, wide, false>, wide) : spread(&pool_spread<S, L, 1, false>, 1);
       });
     });
-  for (int64_t axis = grad.dim() - 1; channels_last && axis > 1; --axis) grad = torch::stable::transpose(grad, axis - 1, axis);
-  return grad;
+  return in_place(grad, channels_last);
 }
 
 }  // namespace

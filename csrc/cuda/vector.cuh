@@ -12,6 +12,7 @@ struct alignas(sizeof(S) * kCount) Pack {
 
 template <class S, int kCount>
 __device__ __forceinline__ void load(const S* from, float (&to)[kCount]) {
+  device::expect_aligned(from, sizeof(Pack<S, kCount>));
   const auto pack = *reinterpret_cast<const Pack<S, kCount>*>(from);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) to[i] = float(pack.value[i]);
@@ -22,6 +23,7 @@ __device__ __forceinline__ void store(S* to, const float (&from)[kCount]) {
   Pack<S, kCount> pack;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) pack.value[i] = S(from[i]);
+  device::expect_aligned(to, sizeof(Pack<S, kCount>));
   *reinterpret_cast<Pack<S, kCount>*>(to) = pack;
 }
 

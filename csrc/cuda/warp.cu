@@ -2,9 +2,11 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../common/grid_arguments.h"
+#include "../common/math.h"
+#include "../common/warp_arguments.h"
 #include "launch.h"
 #include "sort.h"
+#include "storage.h"
 #include "warp_backward.cuh"
 #include "warp_forward.cuh"
 
@@ -12,17 +14,6 @@ namespace pix2rep {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-template <class F>
-void with_storage(ScalarType type, const char* argument, const F& f) {
-  with_float_type(type, argument, [&](auto zero) {
-    if constexpr (sizeof(zero) == 8) {
-      STD_TORCH_CHECK(false, "`", argument, "` must be float16, bfloat16 or float32 on CUDA, got float64");
-    } else {
-      f(zero);
-    }
-  });
-}
 
 // f(taps an axis, dims) as constants.
 template <class F>
@@ -34,18 +25,8 @@ void with_taps(int taps, int dims, const F& f) {
   f(integral_constant<int, 4>{}, integral_constant<int, 2>{});
 }
 
-struct Arguments : GridArguments {
-  Optional given;
-  int64_t count;
-
-  Arguments(const Tensor& grid, const Sizes& size, const Optional& points, const std::string& mode, bool align_corners, const std::string& padding_mode,
-            const Sizes& shape)
-      : GridArguments(grid, size, mode, align_corners, padding_mode, shape, "features", "grid"), count(shape[0] * per_image()) {
-    if (!points) return;
-    PIX2REP_EXPECT(points->scalar_type() == ScalarType::Long && points->dim() == 1, "points", "be int64 of shape [P]", points->dim(), " axes");
-    given = torch::stable::contiguous(*points);
-    count = given->numel();
-  }
+struct Arguments : WarpArguments {
+  using WarpArguments::WarpArguments;
 
   // The problem over a map whose strides are those of `map` [B, C, *S], or of pixels alone.
   WarpProblem problem(const Tensor* map) const {
@@ -65,7 +46,7 @@ struct Arguments : GridArguments {
   }
 };
 
-int64_t blocks_of(int64_t threads) { return (threads + kWarpThreads - 1) / kWarpThreads; }
+int64_t blocks_of(int64_t threads) { return ceil_div(threads, kWarpThreads); }
 
 // Lanes of a point: the power of two that covers its channels, 32 at most.
 int lanes_of(int64_t channels, int vector) {
@@ -85,11 +66,12 @@ bool aligned(const Tensor& map, int count) {
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor features, Tensor grid, Sizes size, Optional points, std::string mode, bool align_corners,
                                            std::string padding_mode, bool normalize) {
   const Arguments in(grid, size, points, mode, align_corners, padding_mode, shape_of(features));
+  expect_storage(features, "features");
+  const Launch launch({{features, "features"}, {grid, "grid"}, {points, "points"}});
   Tensor rows = torch::stable::new_empty(features, {in.count, in.shape[1]});
   Tensor inside = torch::stable::new_empty(features, {in.count}, ScalarType::Bool);
   Tensor norms = torch::stable::new_empty(features, {normalize ? in.count : 0}, ScalarType::Float);
   if (in.count == 0) return {rows, inside, norms};
-  const Launch launch(features);
   const WarpProblem w = in.problem(&features);
   float* norm = normalize ? mutable_data<float>(norms) : nullptr;
   const bool last = features.stride(1) == 1 && features.size(1) > 1;
@@ -108,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor features, Tensor grid, Sizes s
       else if (last)
         rows_kernel(&warp_rows<S, 1, t, d>, 1);
       else
-        launch("warp_planes", &warp_planes<S, t, d>, (w.count + kPlanePoints - 1) / kPlanePoints, kWarpThreads,
+        launch("warp_planes", &warp_planes<S, t, d>, ceil_div(w.count, kPlanePoints), kWarpThreads,
                PlaneShared::bytes(WarpTaps<t, d>::kCount), w, from, to, mutable_data<bool>(inside), norm);
     });
   });
@@ -124,12 +106,10 @@ struct Backward {
 
   Backward(const Tensor& grad_rows, const Tensor& rows, const Tensor& norms, const Tensor& grid, const Sizes& size, const Optional& points,
            const std::string& mode, bool align_corners, const std::string& padding_mode, bool normalize, const Sizes& shape, bool channels_last)
-      : in(grid, size, points, mode, align_corners, padding_mode, shape), grad_rows(torch::stable::contiguous(grad_rows)),
-        rows(torch::stable::contiguous(rows)), norms(norms), normalize(normalize), channels_last(channels_last), memory(shape) {
-    PIX2REP_EXPECT(grad_rows.dim() == 2 && grad_rows.size(0) == in.count && grad_rows.size(1) == shape[1], "grad_rows", "have shape [P, C]",
-                   grad_rows.dim(), " axes of which the first is ", grad_rows.size(0));
-    PIX2REP_EXPECT(grad_rows.scalar_type() == rows.scalar_type(), "grad_rows", "have the dtype of rows", "scalar type ", int(grad_rows.scalar_type()));
-    if (channels_last) memory.erase(memory.begin() + 1), memory.push_back(shape[1]);
+      : in(grid, size, points, mode, align_corners, padding_mode, shape), grad_rows(grad_rows), rows(rows), norms(norms), normalize(normalize),
+        channels_last(channels_last), memory(memory_of(shape, channels_last)) {
+    in.expect_saved(this->grad_rows, this->rows, this->norms, normalize);
+    expect_storage(rows, "rows");
   }
 
   template <class S>
@@ -138,16 +118,10 @@ struct Backward {
   }
 };
 
-// [B, *S, C] seen as [B, C, *S].
-Tensor in_place(Tensor gradient, bool channels_last) {
-  for (int64_t axis = gradient.dim() - 1; channels_last && axis > 1; --axis) gradient = torch::stable::transpose(gradient, axis - 1, axis);
-  return gradient;
-}
-
 Tensor backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes size, Optional points, std::string mode, bool align_corners,
                 std::string padding_mode, bool normalize, Sizes shape, bool channels_last) {
   const Backward it(grad_rows, rows, norms, grid, size, points, mode, align_corners, padding_mode, normalize, shape, channels_last);
-  const Launch launch(rows);
+  const Launch launch({{rows, "rows"}, {grad_rows, "grad_rows"}, {norms, "norms"}, {grid, "grid"}, {points, "points"}});
   Tensor sums = torch::stable::new_zeros(rows, it.memory, ScalarType::Float);
   const Tensor view = in_place(sums, channels_last);
   const WarpProblem w = it.in.problem(&view);
@@ -163,12 +137,13 @@ Tensor backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes 
         const int lanes = lanes_of(w.channels, vector);
         launch("warp_scatter_rows", kernel, blocks_of(w.count * lanes), kWarpThreads, 0, w, lanes, up, to);
       };
-      if (w.stride_channel == 1 && w.channels % 4 == 0)
+      const bool whole = reinterpret_cast<uintptr_t>(up.grad_rows) % (4 * sizeof(S)) == 0;  // a view of another tensor may start anywhere
+      if (w.stride_channel == 1 && w.channels % 4 == 0 && whole)
         rows_kernel(&warp_scatter_rows<S, 4, t, d>, 4);
       else if (w.stride_channel == 1)
         rows_kernel(&warp_scatter_rows<S, 1, t, d>, 1);
       else
-        launch("warp_scatter_planes", &warp_scatter_planes<S, t, d>, (w.count + kPlanePoints - 1) / kPlanePoints, kWarpThreads,
+        launch("warp_scatter_planes", &warp_scatter_planes<S, t, d>, ceil_div(w.count, kPlanePoints), kWarpThreads,
                PlaneShared::bytes(WarpTaps<t, d>::kCount), w, up, to);
     });
     if constexpr (sizeof(S) == 2)
@@ -180,12 +155,10 @@ Tensor backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes 
 Tensor backward_ordered(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes size, Optional points, std::string mode, bool align_corners,
                         std::string padding_mode, bool normalize, Sizes shape, bool channels_last) {
   const Backward it(grad_rows, rows, norms, grid, size, points, mode, align_corners, padding_mode, normalize, shape, channels_last);
-  const Launch launch(rows);
+  const Launch launch({{rows, "rows"}, {grad_rows, "grad_rows"}, {norms, "norms"}, {grid, "grid"}, {points, "points"}});
   const WarpProblem w = it.in.problem(nullptr);
-  Sizes last = shape;
-  last.erase(last.begin() + 1), last.push_back(shape[1]);
   if (it.rows.numel() == 0) return in_place(torch::stable::new_zeros(rows, it.memory), channels_last);
-  Tensor grad = torch::stable::new_empty(rows, last);
+  Tensor grad = torch::stable::new_empty(rows, memory_of(shape, true));
   with_storage(rows.scalar_type(), "rows", [&](auto zero) {
     using S = decltype(zero);
     with_taps(it.in.taps, it.in.dims, [&](auto taps, auto dims) {

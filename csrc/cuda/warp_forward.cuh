@@ -108,7 +108,7 @@ __device__ __forceinline__ int64_t share_taps(const WarpProblem& w, const PlaneS
     for (int k = 0; k < count; ++k) {
       const WarpTap t = WarpTaps<kTaps, kDims>::at(w, point, k);
       shared.offset[k * kPlanePoints + threadIdx.x] = point.image * w.stride_batch + t.offset;
-      shared.weight[k * kPlanePoints + threadIdx.x] = t.weight;
+      shared.weight[k * kPlanePoints + threadIdx.x] = inside || point.ok ? t.weight : 0.0f;  // what names no point adds nothing to a gradient
     }
   }
   __syncthreads();

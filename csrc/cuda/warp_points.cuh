@@ -2,6 +2,7 @@
 // fused multiply-adds, so that a tie of "nearest" falls the same way.
 #pragma once
 
+#include "../common/math.h"
 #include "device.h"
 
 namespace pix2rep {
@@ -87,7 +88,7 @@ __device__ __forceinline__ WarpPoint locate(const WarpProblem& w, int64_t p) {
   return out;
 }
 
-// Index and weight of tap k of one axis; the index is always inside the map. Keys' weights, a = -3/4, for bicubic.
+// Index and weight of tap k of one axis; the index is always inside the map.
 template <int kTaps>
 __device__ __forceinline__ float axis_tap(const WarpProblem& w, float x, int64_t extent, int k, int64_t& index) {
   const float base = floorf(x), t = __fadd_rn(x, -base);
@@ -100,7 +101,7 @@ __device__ __forceinline__ float axis_tap(const WarpProblem& w, float x, int64_t
   } else {
     centre = base + float(k - 1);
     const float d = k == 0 ? t + 1.0f : k == 1 ? t : k == 2 ? 1.0f - t : 2.0f - t;
-    weight = k == 1 || k == 2 ? (1.25f * d - 2.25f) * d * d + 1.0f : ((-0.75f * d + 3.75f) * d - 6.0f) * d + 3.0f;
+    weight = k == 1 || k == 2 ? near_weight(d) : far_weight(d);
   }
   const float last = float(extent - 1);
   if (!w.border && (centre < 0.0f || centre > last)) weight = 0.0f;

@@ -1,6 +1,6 @@
 // A GPU on the CPU, for tests: blocks run one after the other, the threads of a block as fibers that hand over at every barrier and warp-wide operation.
 // Shared memory starts as NaN, asynchronous copies poison what they replace at once and land when they are waited for; a barrier
-// that some threads miss is an error.
+// that some threads miss is an error, and so is an address that a vector access cannot take.
 // PIX2REP_EMULATE_ORDER=<number> takes threads and blocks in another order each round and lets warps rest: what depends on it lacks a barrier.
 #pragma once
 
@@ -215,7 +215,14 @@ inline uint32_t pack_bfloat16(float low, float high) {
   return uint32_t(l.x) | uint32_t(h.x) << 16;
 }
 
+inline void expect_aligned(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  std::fprintf(stderr, "emulate: an access of %zu bytes at an address that is no multiple of them\n", bytes);
+  std::abort();
+}
+
 inline void copy_async(void* shared, const void* global) {
+  expect_aligned(shared, 16), expect_aligned(global, 16);
   Copy copy{shared, {}};
   std::memcpy(copy.bytes, global, 16);
   std::memset(shared, 0xff, 16);  // from here on it may land at any time
@@ -238,6 +245,7 @@ void load_tiles(uint32_t (&to)[4], SharedAddress row) {
   struct Out {
     uint16_t pair[4][2];
   };
+  expect_aligned(reinterpret_cast<const void*>(row), 16);
   const Out out = exchange<Out>(row, [](const SharedAddress* all, Out* results) {
     for (int lane = 0; lane < kWarp; ++lane)
       for (int tile = 0; tile < 4; ++tile)
@@ -282,7 +290,7 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], S) 
 
 inline int unknown(int x) { return x; }
 inline void rarely() {}
-inline void add_atomic(float* to, float4 value) { to[0] += value.x, to[1] += value.y, to[2] += value.z, to[3] += value.w; }
+inline void add_atomic(float* to, float4 value) { expect_aligned(to, 16), to[0] += value.x, to[1] += value.y, to[2] += value.z, to[3] += value.w; }
 inline void add_atomic(float* to, float value) { *to += value; }
 
 }  // namespace pix2rep::device
