@@ -69,7 +69,11 @@ __device__ __forceinline__ void store(S* to, const float (&from)[kCount]) {
 // Sum over groups of `lanes` neighbouring lanes, a power of two; every lane of the warp must call.
 template <class T>
 __device__ __forceinline__ T sum_lanes(T value, int lanes) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) value += device::shuffle_xor(value, mask);
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const T other = device::shuffle_xor(value, mask);
+    value += mask < lanes ? other : T(0);
+  }
   return value;
 }
 

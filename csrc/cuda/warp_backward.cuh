@@ -5,6 +5,8 @@
 
 namespace pix2rep {
 
+constexpr int scatter_blocks(int taps) { return taps == 1 ? 4 : row_blocks(taps); }
+
 template <class S>
 struct WarpUpstream {
   const S* grad_rows;  // [P, C]
@@ -50,7 +52,7 @@ __device__ __forceinline__ float row_dot(const WarpUpstream<S>& up, int64_t at, 
 
 // Channels last, as warp_rows. grad [B, *S, C] float32, zeroed before.
 template <class S, int kVector, int kTaps, int kDims>
-__global__ void __launch_bounds__(kWarpThreads, row_blocks(PointTaps<kTaps, kDims>::kCount))
+__global__ void __launch_bounds__(kWarpThreads, scatter_blocks(PointTaps<kTaps, kDims>::kCount))
     warp_scatter_rows(WarpProblem w, int log2_lanes, int batch, WarpUpstream<S> up, float* grad) {
   const RowLanes my(log2_lanes, batch, kVector);
   if (my.begin >= w.count) return;

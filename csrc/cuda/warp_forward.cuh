@@ -11,9 +11,9 @@ constexpr float kWarpEpsilon = 1e-12f;
 
 // Taps that a lane has under way before it uses the first, and blocks that share a multiprocessor: as many registers as those take and no more.
 constexpr int in_flight(int taps) { return taps == 16 ? 4 : taps; }
-constexpr int row_blocks(int taps) { return taps == 1 ? 4 : taps == 4 ? 3 : 2; }
+constexpr int row_blocks(int taps) { return taps == 1 ? 6 : taps == 4 ? 3 : 2; }
 // Vectors of a row that a lane keeps between its norm and its store.
-constexpr int row_vectors(int taps) { return taps == 16 ? 1 : 4; }
+constexpr int row_vectors(int taps) { return taps == 1 || taps == 16 ? 1 : 4; }
 
 constexpr int kPlaneChannels = 256;  // at most that a block transposes at a time, of 32 points
 constexpr int kPlanePitch = 33;
@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(kWarpThreads, 3) warp_planes(WarpProblem w, in
   const int points = w.count - begin < 32 ? int(w.count - begin) : 32;
   float squares = 0.0f;
   // Channels [first, first + tile), `ahead` of a warp's on their way at once.
+  const bool once = channels <= tile;
   const auto read = [&](int first, bool keep) {
     const int last = channels - first < tile ? channels - first : tile;
     for (int c = warp; c < last; c += warps * ahead) {
@@ -188,12 +189,11 @@ __global__ void __launch_bounds__(kWarpThreads, 3) warp_planes(WarpProblem w, in
           f = fmaf(taps.at(k).weight, value[0], f);
         }
         if (c + u * warps >= last) continue;
-        squares = fmaf(f, f, squares);
+        if (once || !keep) squares = fmaf(f, f, squares);
         if (keep) shared.tile[(c + u * warps) * kPlanePitch + lane] = f;
       }
     }
   };
-  const bool once = channels <= tile;
   for (int first = 0; first < channels && !once && norms; first += tile) read(first, false);
   for (int first = 0; first < channels; first += tile) {
     read(first, true);
