@@ -61,7 +61,7 @@ def row_of(code: Code, arch: str) -> dict:
         "kernel": code.name, "sm": arch, "instructions": len(code.instructions), "registers": code.registers, "stack_bytes": code.stack,
         "spills": sum(count for name, count in names.items() if name.startswith(("LDL", "STL"))), "shared_bytes": code.shared,
         "threads": code.threads, "blocks": by_registers and min(by_registers, THREADS // code.threads, BLOCKS),
-        "widest_in_flight": in_flight(code, max(moved["load"], default=32)),
+        "in_flight": in_flight(code, 8), "widest_in_flight": in_flight(code, max(moved["load"], default=32)),
         **{kind: {str(bits): count for bits, count in sorted(widths.items(), reverse=True)} for kind, widths in moved.items()},
         **{key: sum(count for name, count in names.items() if name.startswith(prefix)) for key, prefix in COUNTED.items()},
     }  # fmt: skip
