@@ -85,8 +85,8 @@ def test_warp_reads_and_writes_rows_sixteen_bytes_at_a_time(rows):
 
 def test_warp_adds_four_values_at_a_time_on_hopper(rows):
     for row in named(rows["warp"], r"warp_scatter_rows<\w+, 4, .*"):
-        expected = {"128": taps(row)} if row["sm"] == "90a" else {"32": 4 * taps(row)}
-        assert row["reduce"] == expected, row
+        width, count = ("128", taps(row)) if row["sm"] == "90a" else ("32", 4 * taps(row))
+        assert set(row["reduce"]) == {width} and row["reduce"][width] % count == 0, row  # a loop may be unrolled
     for row in named(rows["warp"], r"warp_scatter_planes<\w+, [48], .*"):
         assert row["load"]["128"] and row["widest_in_flight"] >= 2, row
 
