@@ -1,161 +1,106 @@
-"""What nvcc makes of infonce's CUDA kernels, without a GPU: registers, spills, instructions a pair: `python -m benchmarks.cuda_static`.
+"""What nvcc makes of the kernels of csrc/cuda, without a GPU: `python -m benchmarks.cuda_static [op ...]`.
 
-Counted is the loop over tiles along the path of an interior tile: a forward branch around code that calls `rarely()` is taken, others are not, and the
-loop over further panels of features runs once a panel. Every count is checked against the matrix instructions that the tile's work takes. A
-multiprocessor issues 128 lanes and 16 MUFU a clock; an sm_80 multiplies 1024 pairs of 16-bit values by its HMMA, so that
-clocks a pair = max(instructions / 128, MUFU / 16, multiply-adds / 1024).
+Prints and writes to benchmarks/results/static/cuda_<op>.json a row for each kernel that is instantiated and each chip: registers, stack, spills, shared
+memory, threads and blocks of a multiprocessor, and counts of instructions; for infonce also what a pair of rows costs. Read are the cubins of the built
+`_C_cuda` where it is newer than its sources. Shared memory is what the kernel declares: what a launch adds depends on the problem.
 """
 
 import argparse
-import collections
-import importlib.util
-import json
-import os
 import re
 import shutil
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
-OUT = Path(__file__).parent / "results" / "static" / "cuda_infonce.json"
-SOURCES = ("infonce.cu", "infonce_sums.cu", "infonce_products.cu")
-ARCHS = ("80", "90a")
-MACROS = ("USE_CUDA", "TORCH_STABLE_ONLY", "TORCH_TARGET_VERSION=0x020b000000000000", "PIX2REP_STATIC")
-FORMS = ("plain", "shifted", "listed")
+import torch
 
+from benchmarks import cuda_static_pairs
+from benchmarks.cuda_static_code import ARCHS, OPS, Code, jump, kernels, opcode, output
+from benchmarks.harness import commit, write_json
 
-class Code(NamedTuple):
-    """Machine code of one kernel and what ptxas says of it."""
-
-    instructions: list  # (address, text)
-    registers: int
-    stack: int
+OUT = Path(__file__).parent / "results" / "static"
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a multiprocessor, on both chips
+WIDTHS = ("128", "64", "32", "16", "8")
+COUNTED = {"hmma": "HMMA", "mufu": "MUFU", "ldmatrix": "LDSM", "copy_async": "LDGSTS", "shuffle": "SHFL", "barrier": "BAR", "call": "CALL"}
 
 
-def tool(name: str) -> str:
-    """A program of the CUDA toolkit or of triton's wheel."""
-    spec = importlib.util.find_spec("triton")
-    own = Path(spec.origin).parent / "backends" / "nvidia" / "bin" if spec and spec.origin else ROOT
-    return shutil.which(name) or str(own / name)
+def width(name: str) -> int:
+    """Bits that an instruction moves."""
+    if value := re.search(r"\.[BF]?F(\d+)(?:x(\d))?\b", name):  # of an addition: F32, or F32x4
+        return int(value[1]) * int(value[2] or 1)
+    return int(next((part for part in re.sub(r"\.[US](8|16)\b", r".\1", name).split(".") if part in WIDTHS), "32"))
 
 
-def compile_source(source: str, arch: str) -> dict[str, Code]:
-    """Kernels of one file by mangled name."""
-    torch = Path(importlib.util.find_spec("torch").origin).parent
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        command = [shutil.which("nvcc"), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--extended-lambda", "-cubin", "-o", str(cubin)]
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{torch / 'include'}", *(f"-D{macro}" for macro in MACROS)]
-        subprocess.run([*command, str(ROOT / "csrc" / "cuda" / source)], check=True)
-        sass, usage = (
-            subprocess.run([tool("cuobjdump"), flag, str(cubin)], capture_output=True, text=True, check=True).stdout for flag in ("-sass", "-res-usage")
-        )
-    found = {}
-    for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
-        body = re.search(rf"Function : {re.escape(name)}\n(.*?)(?=Function :|\Z)", sass, re.DOTALL)[1]
-        instructions = [(int(a, 16), text.strip()) for a, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", body, re.MULTILINE)]
-        found[name] = Code(instructions, int(registers), int(stack))
-    return found
+def registers(text: str) -> set[int]:
+    return {int(n) + i for n, pair in re.findall(r"\bR(\d+)(\.64)?", text) for i in range(2 if pair else 1)}
 
 
-def opcode(text: str) -> str:
-    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+def in_flight(code: Code, bits: int) -> int:
+    """Most loads of at least `bits` from global memory that are under way before the first is used, along the straight line of the code."""
+    pending, most = [], 0
+    for _, text in code.instructions:
+        name, used = opcode(text), registers(text)
+        pending = [to for to in pending if not to & used]
+        if name in ("EXIT", "RET") or (jump(text) is not None and not text.startswith("@") and not re.search(r"BRA !?U?P", text)):
+            pending = []
+        if name.startswith("LDG.") and width(name) >= bits:
+            first = int(re.search(r"\bR(\d+)", text)[1])
+            pending.append(set(range(first, first + max(1, width(name) // 32))))
+            most = max(most, len(pending))
+    return most
 
 
-def jump(text: str) -> int | None:
-    """Where a branch goes; not those for a warp that has diverged."""
-    match = re.search(r"\bBRA (?:!?U?P\w+, )?`?\(?(0x[0-9a-f]+)", text)
-    return int(match[1], 16) if match and opcode(text) == "BRA" else None
+def row_of(code: Code, arch: str) -> dict:
+    names = Counter(opcode(text) for _, text in code.instructions)
+    moved = {kind: Counter() for kind in ("load", "store", "reduce")}
+    for name, count in names.items():
+        kind = {"LDG": "load", "STG": "store", "RED": "reduce", "REDG": "reduce", "ATOM": "reduce", "ATOMG": "reduce"}.get(name.partition(".")[0])
+        if kind:
+            moved[kind][width(name)] += count
+    by_registers = REGISTERS // (-(-code.registers // 8) * 8 * code.threads) if code.threads else None
+    return {
+        "kernel": code.name, "sm": arch, "instructions": len(code.instructions), "registers": code.registers, "stack_bytes": code.stack,
+        "spills": sum(count for name, count in names.items() if name.startswith(("LDL", "STL"))), "shared_bytes": code.shared,
+        "threads": code.threads, "blocks": by_registers and min(by_registers, THREADS // code.threads, BLOCKS),
+        "in_flight": in_flight(code, 8), "widest_in_flight": in_flight(code, max(moved["load"], default=32)),
+        **{kind: {str(bits): count for bits, count in sorted(widths.items(), reverse=True)} for kind, widths in moved.items()},
+        **{key: sum(count for name, count in names.items() if name.startswith(prefix)) for key, prefix in COUNTED.items()},
+    }  # fmt: skip
 
 
-def interior(code: Code, panels: int) -> collections.Counter:
-    """Instructions of one interior tile by opcode."""
-    loops = [(jump(text), address) for address, text in code.instructions if (jump(text) or address) < address]
-
-    def count(first, last, name):
-        return sum(opcode(text).startswith(name) for address, text in code.instructions if first <= address <= last)
-
-    hot = [loop for loop in loops if count(*loop, "MUFU.EX2") >= 32]
-    first, last = min(hot, key=lambda loop: loop[1] - loop[0])
-    inner = [(a, b) for a, b in loops if first <= a and b < last and count(a, b, "HMMA") >= 32]
-    found, at = collections.Counter(), first
-    for address, text in code.instructions:
-        if not (first <= address <= last) or address < at:
-            continue
-        runs = panels - 1 if any(a <= address <= b for a, b in inner) else 1
-        found[opcode(text)] += runs
-        to = jump(text)
-        if not to or not address < to <= last:
-            continue
-        always = not text.startswith("@") and not re.search(r"BRA !?U?P", text)
-        around = count(address + 1, to - 1, "PMTRIG") and count(address + 1, to - 1, "HMMA") <= 20
-        if always or around:
-            at = to
-    return found
+def rows(archs=ARCHS, ops=OPS) -> dict[str, list[dict]]:
+    """One row a kernel and chip, by op."""
+    found = {op: [] for op in ops}
+    for (op, arch), codes in kernels(archs, ops).items():
+        found[op] += [row_of(code, arch) for code in codes]
+    return {op: sorted(table, key=lambda row: (row["kernel"], row["sm"])) for op, table in found.items()}
 
 
-def variant(name: str) -> tuple[str, tuple[int, ...]]:
-    """Kernel and template arguments of a mangled name."""
-    arguments = re.search(r"I((?:L[bi]\d+E)+)E", name)
-    kernel = re.match(r"_ZN7pix2rep7infonce(\d+)(\w+)", name)
-    return kernel[2][: int(kernel[1])], tuple(int(n) for n in re.findall(r"L[bi](\d+)E", arguments[1])) if arguments else ()
+def show(row: dict) -> str:
+    moved = " ".join(f"{kind} " + "+".join(f"{n}x{bits}" for bits, n in row[kind].items()) for kind in ("load", "store", "reduce") if row[kind])
+    return (
+        f"sm_{row['sm']:4}{row['kernel']:46.46} {row['registers']:>4} {row['stack_bytes']:>5} {row['spills']:>6} {row['shared_bytes']:>6} "
+        f"{row['threads'] or '':>7} {row['blocks'] or '':>6} {row['widest_in_flight']:>6} {row['hmma']:>5}  {moved}"
+    )
 
 
-def rows(archs=ARCHS, sources=SOURCES) -> list[dict]:
-    """One row a kernel and chip; for the sweeps one a width of rows, with its costs a pair."""
-    jobs = [(source, arch) for arch in archs for source in sources]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        compiled = list(pool.map(lambda job: compile_source(*job), jobs))
-    found = []
-    for (_, arch), kernels in zip(jobs, compiled, strict=True):
-        for mangled, code in kernels.items():
-            name, arguments = variant(mangled)
-            spills = sum(opcode(text).startswith(("LDL", "STL")) for _, text in code.instructions)
-            row = {"kernel": name, "sm": arch, "registers": code.registers, "stack_bytes": code.stack, "spills": spills}
-            if name == "sums":
-                biased, listed, wide = arguments
-                row |= {"form": "listed" if listed else "biased" if biased else "plain", "wide": bool(wide)}
-                found += [row | _costs(code, d, d, 32) for d in (64, 128, 256) if not wide] or [row]
-            elif name == "products":
-                d, form, split, wide = arguments
-                row |= {"form": FORMS[form], "wide": bool(wide), "split": bool(split)}
-                found.append(row if wide or d < 64 else row | _costs(code, d, 2 * d, 16 if d == 256 or (d == 128 and form == 2) else 32))
-            else:
-                found.append(row)
-    return sorted(found, key=lambda row: (row["kernel"], row["sm"], row.get("d", 0), row.get("form", "")))
-
-
-def _costs(code: Code, d: int, features: int, warp_rows: int) -> dict:
-    """Per pair of a tile of warp_rows x 64 pairs a warp."""
-    operations = interior(code, d // 64)
-    pairs = warp_rows * 64 / 32
-    matrix = sum(n for name, n in operations.items() if name.startswith("HMMA.16816"))
-    mufu = sum(n for name, n in operations.items() if name.startswith("MUFU"))
-    assert matrix == warp_rows * 64 * features / (16 * 8 * 16), f"{matrix} matrix instructions on the interior path"
-    assert mufu == pairs, f"{mufu} exponentials on the interior path"
-    instructions = operations.total() / pairs
-    clocks = {"issue": instructions / 128, "mufu": 1 / 16, "matrix": features / 1024}
-    return {"d": d, "instructions_a_pair": round(instructions, 3), "clocks_a_pair": {name: round(value, 4) for name, value in clocks.items()}}
+def show_pair(row: dict) -> str:
+    return f"sm_{row['sm']:4}{row['kernel']:10} {row['form']:8} D={row['d']:<4} {row['instructions_a_pair']:>6} instructions  clocks {row['clocks_a_pair']}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_static", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write")
+    parser.add_argument("ops", nargs="*", help="every op that has CUDA kernels, when none is named")
     parser.add_argument("--sm", nargs="*", default=list(ARCHS))
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON files")
     arguments = parser.parse_args()
-    found = rows(arguments.sm)
-    for row in found:
-        costs = row.get("clocks_a_pair", {})
-        print(f"sm_{row['sm']:4} {row['kernel']:22} {row.get('form', ''):8} {'wide' if row.get('wide') else row.get('d', ''):>4} {row['registers']:>4} regs"
-              f" {row['spills']:>3} spills  {row.get('instructions_a_pair', ''):>6} instr/pair  {costs}")  # fmt: skip
-    release = re.search(r"release [^\n]*", subprocess.run([shutil.which("nvcc"), "--version"], capture_output=True, text=True).stdout)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"nvcc": release[0] if release else "", "rows": found}, indent=1) + "\n")
-    os.replace(temporary, arguments.out)
+    release = re.search(r"release [^\n]*", output(shutil.which("nvcc"), "--version")) if shutil.which("nvcc") else None
+    facts = {"nvcc": release[0] if release else "", "torch": torch.__version__, **commit("csrc/cuda", "csrc/common", "setup.py")}
+    for op, table in rows(arguments.sm, arguments.ops or OPS).items():
+        print(f"{op}\n       {'kernel':46} regs stack spills shared threads blocks flying  hmma  instructions x bits")
+        print("\n".join(map(show, table)), flush=True)
+        pairs = {"pairs": cuda_static_pairs.rows(arguments.sm)} if op == "infonce" else {}
+        print("".join(show_pair(row) + "\n" for row in pairs.get("pairs", [])), end="")
+        write_json(arguments.out / f"cuda_{op}.json", {**facts, "rows": table, **pairs})
 
 
 if __name__ == "__main__":

@@ -39,16 +39,19 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regio
   p.stride_batch = features.stride(0), p.stride_channel = features.stride(1);
   labels = torch::stable::contiguous(labels);
   const int64_t total = p.batch * p.pixels, chunks = ceil_div(total, kPoolChunk);
-  Tensor keys = torch::stable::new_empty(features, {total}, ScalarType::Long);
+  const int64_t largest = p.batch * (regions + 1);
+  const ScalarType key_type = largest < (1 << 15) ? ScalarType::Short : largest < (int64_t(1) << 31) ? ScalarType::Int : ScalarType::Long;
+  Tensor keys = torch::stable::new_empty(features, {total}, key_type);
   with_label_type(labels, [&](auto zero) {
     using L = decltype(zero);
-    launch("pool_keys", &pool_keys<L>, blocks_of(total), kPoolThreads, 0, p, data<L>(labels), mutable_data<int64_t>(keys));
+    launch("pool_keys", &pool_keys<L>, blocks_of(total), kPoolThreads, 0, p, data<L>(labels), PoolKeys{keys.data_ptr(), int(keys.element_size())});
   });
-  Tensor sorted = keys, order = keys;
-  std::tie(sorted, order) = sort_stable(keys);
+  Tensor ordered = keys, order = keys;
+  std::tie(ordered, order) = sort_stable(keys);
   Tensor starts = torch::stable::new_empty(features, {p.batch * (regions + 1) + 1}, ScalarType::Long);
   Tensor slots = torch::stable::new_empty(features, {chunks, 2, p.channels}, ScalarType::Double);
-  launch("pool_starts", &pool_starts, blocks_of(starts.numel()), kPoolThreads, 0, p, data<int64_t>(sorted), mutable_data<int64_t>(starts),
+  const PoolOrder sorted{{ordered.data_ptr(), int(keys.element_size())}, data<int64_t>(order), data<int64_t>(starts)};
+  launch("pool_starts", &pool_starts, blocks_of(starts.numel()), kPoolThreads, 0, p, sorted.keys, mutable_data<int64_t>(starts),
          mutable_data<int64_t>(counts));
   with_storage(features.scalar_type(), "features", [&](auto zero) {
     using S = decltype(zero);
@@ -57,17 +60,19 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor labels, int64_t regio
     const bool last = p.stride_channel == 1 && p.channels > 1;
     const bool aligned = p.channels % wide == 0 && p.stride_pixel % wide == 0 && p.stride_batch % wide == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
     const auto rows = [&](auto kernel, int vector) {
-      const int64_t blocks = ceil_div(p.channels, 32 * vector);
-      launch("pool_rows", kernel, blocks_of(chunks * blocks * 32), kPoolThreads, 0, p, blocks, from, data<int64_t>(sorted), data<int64_t>(order),
-             data<int64_t>(starts), mutable_data<float>(means), mutable_data<double>(slots));
+      int log2_lanes = 0;
+      while (log2_lanes < 5 && int64_t(vector) << log2_lanes < p.channels) ++log2_lanes;
+      const int64_t blocks = ceil_div(p.channels, vector << log2_lanes);
+      launch("pool_rows", kernel, blocks_of(chunks * blocks * 32), kPoolThreads, 0, p, log2_lanes, blocks, from, sorted, mutable_data<float>(means),
+             mutable_data<double>(slots));
     };
     if (last && aligned)
       rows(&pool_rows<S, wide>, wide);
     else if (last)
       rows(&pool_rows<S, 1>, 1);
     else
-      launch("pool_planes", &pool_planes<S>, blocks_of(chunks * p.channels * 32), kPoolThreads, 0, p, from, data<int64_t>(sorted), data<int64_t>(order),
-             data<int64_t>(starts), mutable_data<float>(means), mutable_data<double>(slots));
+      launch("pool_planes", &pool_planes<S>, blocks_of(chunks * ((p.channels + kPoolPlanes - 1) / kPoolPlanes) * 32), kPoolThreads, 0, p, from, sorted,
+             mutable_data<float>(means), mutable_data<double>(slots));
   });
   launch("pool_finish", &pool_finish, blocks_of(means.numel()), kPoolThreads, 0, p, data<int64_t>(starts), data<double>(slots), mutable_data<float>(means));
   return {means, counts};
@@ -90,14 +95,22 @@ Tensor backward(Tensor grad_means, Tensor counts, Tensor labels, Tensor like, Si
              data<int64_t>(counts), static_cast<S*>(table.data_ptr()));
       with_label_type(labels, [&](auto label) {
         using L = decltype(label);
-        const auto spread = [&](auto kernel, int vector) {
-          launch("pool_spread", kernel, blocks_of(grad.numel() / vector), kPoolThreads, 0, p, data<L>(labels), static_cast<const S*>(table.data_ptr()),
-                 static_cast<S*>(grad.data_ptr()));
+        const S* from = static_cast<const S*>(table.data_ptr());
+        void* to = grad.data_ptr();
+        const auto rows = [&](auto kernel, auto vector) {
+          const int64_t threads = ceil_div(p.batch * p.pixels, kPoolSpread) * (channels / vector);
+          launch("pool_spread_rows", kernel, blocks_of(threads), kPoolThreads, 0, p, data<L>(labels), from, static_cast<Bits<S, vector>*>(to));
         };
+        const auto planes = [&](auto kernel, auto vector) {
+          const int64_t threads = p.batch * ceil_div(channels, kPoolPlanes) * (p.pixels / vector);
+          launch("pool_spread_planes", kernel, blocks_of(threads), kPoolThreads, 0, p, data<L>(labels), from, static_cast<Bits<S, vector>*>(to));
+        };
+        using One = std::integral_constant<int, 1>;
+        using Wide = std::integral_constant<int, wide>;
         if (channels_last)
-          channels % wide == 0 ? spread(&pool_spread<S, L, wide, true>, wide) : spread(&pool_spread<S, L, 1, true>, 1);
+          channels % wide == 0 ? rows(&pool_spread_rows<S, L, wide>, Wide{}) : rows(&pool_spread_rows<S, L, 1>, One{});
         else
-          p.pixels % wide == 0 ? spread(&pool_spread<S, L, wide, false>, wide) : spread(&pool_spread<S, L, 1, false>, 1);
+          p.pixels % wide == 0 ? planes(&pool_spread_planes<S, L, wide>, Wide{}) : planes(&pool_spread_planes<S, L, 1>, One{});
       });
     });
   return in_place(grad, channels_last);

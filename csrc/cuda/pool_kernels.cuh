@@ -8,24 +8,42 @@
 namespace pix2rep {
 
 constexpr int kPoolThreads = 256;
-constexpr int kPoolChunk = 256;  // sorted pixels
+constexpr int kPoolChunk = 128;  // sorted pixels
+constexpr int kPoolAhead = 8;    // pixels that a lane has under way
+constexpr int kPoolPlanes = 4;   // channels that are read or written together where they are planes
+constexpr int kPoolSpread = 4;   // pixels of a thread that writes rows
 
 struct PoolProblem {
   int64_t batch, channels, pixels, regions;
   int64_t stride_batch, stride_channel, stride_pixel;  // of the features, whose spatial axes are one
 };
 
+// Sort keys, in the narrowest integers that hold them: PyTorch's radix sort takes a pass a byte.
+struct PoolKeys {
+  void* at;
+  int bytes;  // 2, 4 or 8
+
+  __device__ __forceinline__ int64_t operator[](int64_t i) const {
+    return bytes == 2 ? static_cast<const int16_t*>(at)[i] : bytes == 4 ? static_cast<const int32_t*>(at)[i] : static_cast<const int64_t*>(at)[i];
+  }
+  __device__ __forceinline__ void set(int64_t i, int64_t key) const {
+    if (bytes == 2) static_cast<int16_t*>(at)[i] = int16_t(key);
+    else if (bytes == 4) static_cast<int32_t*>(at)[i] = int32_t(key);
+    else static_cast<int64_t*>(at)[i] = key;
+  }
+};
+
 // Sort key of every pixel: image * (R + 1) + region, R for none.
 template <class L>
-__global__ void __launch_bounds__(kPoolThreads) pool_keys(PoolProblem p, const L* labels, int64_t* keys) {
+__global__ void __launch_bounds__(kPoolThreads) pool_keys(PoolProblem p, const L* labels, PoolKeys keys) {
   const int64_t at = int64_t(blockIdx.x) * kPoolThreads + threadIdx.x;
   if (at >= p.batch * p.pixels) return;
   const int64_t label = int64_t(labels[at]);
-  keys[at] = at / p.pixels * (p.regions + 1) + (label >= 0 && label < p.regions ? label : p.regions);
+  keys.set(at, at / p.pixels * (p.regions + 1) + (label >= 0 && label < p.regions ? label : p.regions));
 }
 
 // starts [B (R + 1) + 1]: the first sorted pixel whose key is at least k; counts [B, R].
-__global__ void __launch_bounds__(kPoolThreads) pool_starts(PoolProblem p, const int64_t* keys, int64_t* starts, int64_t* counts) {
+__global__ void __launch_bounds__(kPoolThreads) pool_starts(PoolProblem p, PoolKeys keys, int64_t* starts, int64_t* counts) {
   const int64_t k = int64_t(blockIdx.x) * kPoolThreads + threadIdx.x;
   if (k > p.batch * (p.regions + 1)) return;
   const auto first_of = [&](int64_t key) {
@@ -42,74 +60,114 @@ __global__ void __launch_bounds__(kPoolThreads) pool_starts(PoolProblem p, const
   if (image < p.batch && region < p.regions) counts[image * p.regions + region] = first_of(k + 1) - start;
 }
 
-// Where the sum of one run of equal keys in a chunk goes: to the means, done, or to a slot of the chunk.
-struct PoolRun {
-  bool whole, first;  // the segment lies inside the chunk; it is the first of the chunk
-
-  __device__ PoolRun(const int64_t* starts, int64_t key, int64_t begin, int64_t end)
-      : whole(starts[key] >= begin && starts[key + 1] <= end), first(starts[key] <= begin) {}
+// Sorted pixels, and where each lies in the batch.
+struct PoolOrder {
+  PoolKeys keys;
+  const int64_t *order, *starts;
 };
 
-// Channels last: a warp a chunk and a block of 32 kVector channels, lanes along channels. means [B, R, C]; slots [chunks, 2, C].
+// The pixels [at, stop) of one key in a chunk.
+struct PoolRun {
+  int64_t stop, image, region;
+  bool whole, first;  // the segment lies inside the chunk; it is the first of the chunk
+  int64_t count;      // pixels of the segment
+
+  __device__ __forceinline__ PoolRun(const PoolProblem& p, const PoolOrder& sorted, int64_t at, int64_t begin, int64_t end) {
+    const int64_t key = sorted.keys[at], from = sorted.starts[key], to = sorted.starts[key + 1];
+    stop = to < end ? to : end;
+    image = key / (p.regions + 1), region = key - image * (p.regions + 1);
+    whole = from >= begin && to <= end, first = from <= begin, count = to - from;
+  }
+
+  // Of a chunk's sum in channel c: to the means, done, or to a slot of the chunk.
+  __device__ __forceinline__ void leave(const PoolProblem& p, int64_t chunk, int64_t c, double sum, double share, float* means, double* slots) const {
+    if (whole)
+      means[(image * p.regions + region) * p.channels + c] = float(sum * share);
+    else
+      slots[(chunk * 2 + !first) * p.channels + c] = sum;
+  }
+};
+
+// Channels last: a warp a chunk and a block of channels, 2^log2_lanes lanes along channels, kVector each, and the rest of the lanes along pixels.
+// means [B, R, C]; slots [chunks, 2, C].
 template <class S, int kVector>
-__global__ void __launch_bounds__(kPoolThreads, 3) pool_rows(PoolProblem p, int64_t channel_blocks, const S* features, const int64_t* keys, const int64_t* order,
-                                                          const int64_t* starts, float* means, double* slots) {
+__global__ void __launch_bounds__(kPoolThreads, 2) pool_rows(PoolProblem p, int log2_lanes, int64_t channel_blocks, const S* features, PoolOrder sorted,
+                                                             float* means, double* slots) {
   const int64_t total = p.batch * p.pixels, task = (int64_t(blockIdx.x) * kPoolThreads + threadIdx.x) / 32;
   const int64_t chunk = task / channel_blocks, begin = chunk * kPoolChunk, end = begin + kPoolChunk < total ? begin + kPoolChunk : total;
-  const int64_t c = (task % channel_blocks * 32 + threadIdx.x % 32) * kVector;
-  if (begin >= total || c >= p.channels) return;
+  const int lane = threadIdx.x % 32, lanes = 1 << log2_lanes, group = lane >> log2_lanes, groups = 32 >> log2_lanes;
+  const int64_t c = (task % channel_blocks * lanes + (lane & (lanes - 1))) * kVector;
+  const bool present = c < p.channels;
+  if (begin >= total) return;
   for (int64_t at = begin; at < end;) {
-    const int64_t key = keys[at], stop = starts[key + 1] < end ? starts[key + 1] : end, image = key / (p.regions + 1), region = key - image * (p.regions + 1);
-    if (region == p.regions) {
-      at = stop;
+    const PoolRun run(p, sorted, at, begin, end);
+    if (run.region == p.regions) {
+      at = run.stop;
       continue;
     }
-    const S* first = features + image * (p.stride_batch - p.pixels * p.stride_pixel) + c;  // of a sorted pixel counted over the batch
+    const S* first = features + run.image * (p.stride_batch - p.pixels * p.stride_pixel) + c;  // of a sorted pixel counted over the batch
     double sum[kVector] = {};
-    for (; at < stop; ++at) {
-      float value[kVector];
-      load<S, kVector>(first + order[at] * p.stride_pixel, value);
+    for (int64_t from = at + group; from < run.stop; from += kPoolAhead * groups) {
+      Bits<S, kVector> bits[kPoolAhead];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) sum[i] += value[i];
-    }
-    const PoolRun run(starts, key, begin, end);
-    const double count = double(starts[key + 1] - starts[key]);
-    float* mean = means + (image * p.regions + region) * p.channels + c;
-    double* slot = slots + (chunk * 2 + !run.first) * p.channels + c;
+      for (int u = 0; u < kPoolAhead; ++u) {
+        bits[u] = {};
+        if (present && from + u * groups < run.stop) bits[u] = load_bits<S, kVector>(first + sorted.order[from + u * groups] * p.stride_pixel);
+      }
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (run.whole) mean[i] = float(sum[i] / count);
-      else slot[i] = sum[i];
+      for (int u = 0; u < kPoolAhead; ++u) {
+        float value[kVector];
+        unpack<S, kVector>(bits[u], value);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) sum[i] += value[i];
+      }
     }
+    for (int mask = lanes; mask < 32; mask *= 2)
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum[i] += device::shuffle_xor(sum[i], mask);
+    const double share = 1.0 / double(run.count);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (present && group == 0) run.leave(p, chunk, c + i, sum[i], share, means, slots);
+    at = run.stop;
   }
 }
 
-// Channels in planes: a warp a chunk and a channel, lanes along sorted pixels, which are neighbours in a compact region.
+// Channels in planes: a warp a chunk and kPoolPlanes channels, lanes along sorted pixels, which are neighbours in a compact region.
 template <class S>
-__global__ void __launch_bounds__(kPoolThreads, 3) pool_planes(PoolProblem p, const S* features, const int64_t* keys, const int64_t* order,
-                                                            const int64_t* starts, float* means, double* slots) {
-  const int64_t total = p.batch * p.pixels, task = (int64_t(blockIdx.x) * kPoolThreads + threadIdx.x) / 32;
-  const int64_t chunk = task / p.channels, c = task - chunk * p.channels, begin = chunk * kPoolChunk;
-  const int64_t end = begin + kPoolChunk < total ? begin + kPoolChunk : total;
+__global__ void __launch_bounds__(kPoolThreads, 3) pool_planes(PoolProblem p, const S* features, PoolOrder sorted, float* means, double* slots) {
+  const int64_t blocks = (p.channels + kPoolPlanes - 1) / kPoolPlanes, total = p.batch * p.pixels;
+  const int64_t task = (int64_t(blockIdx.x) * kPoolThreads + threadIdx.x) / 32, chunk = task / blocks, c = (task - chunk * blocks) * kPoolPlanes;
+  const int64_t begin = chunk * kPoolChunk, end = begin + kPoolChunk < total ? begin + kPoolChunk : total;
   const int lane = threadIdx.x % 32;
   if (begin >= total) return;
   for (int64_t at = begin; at < end;) {
-    const int64_t key = keys[at], stop = starts[key + 1] < end ? starts[key + 1] : end, image = key / (p.regions + 1), region = key - image * (p.regions + 1);
-    if (region == p.regions) {
-      at = stop;
+    const PoolRun run(p, sorted, at, begin, end);
+    if (run.region == p.regions) {
+      at = run.stop;
       continue;
     }
-    const S* first = features + image * (p.stride_batch - p.pixels * p.stride_pixel) + c * p.stride_channel;
-    double sum = 0;
-    for (int64_t i = at + lane; i < stop; i += 32) sum += double(float(first[order[i] * p.stride_pixel]));
-    sum = sum_lanes(sum, 32);
-    at = stop;
-    const PoolRun run(starts, key, begin, end);
-    if (lane != 0) continue;
-    if (run.whole)
-      means[(image * p.regions + region) * p.channels + c] = float(sum / double(starts[key + 1] - starts[key]));
-    else
-      slots[(chunk * 2 + !run.first) * p.channels + c] = sum;
+    const S* first = features + run.image * (p.stride_batch - p.pixels * p.stride_pixel) + c * p.stride_channel;
+    double sum[kPoolPlanes] = {};
+    for (int64_t i = at + lane; i < run.stop; i += 32) {
+      const S* pixel = first + sorted.order[i] * p.stride_pixel;
+      Bits<S, 1> bits[kPoolPlanes];
+#pragma unroll
+      for (int k = 0; k < kPoolPlanes; ++k) bits[k] = c + k < p.channels ? load_bits<S, 1>(pixel + k * p.stride_channel) : Bits<S, 1>{};
+#pragma unroll
+      for (int k = 0; k < kPoolPlanes; ++k) {
+        float value[1];
+        unpack<S, 1>(bits[k], value);
+        sum[k] += value[0];
+      }
+    }
+    const double share = 1.0 / double(run.count);
+#pragma unroll
+    for (int k = 0; k < kPoolPlanes; ++k) {
+      const double all = sum_lanes(sum[k], 32);
+      if (lane == k && c + k < p.channels) run.leave(p, chunk, c + k, all, share, means, slots);
+    }
+    at = run.stop;
   }
 }
 
@@ -144,27 +202,50 @@ __global__ void __launch_bounds__(kPoolThreads) pool_table(int64_t rows, int64_t
   table[at] = S(count > 0 ? __fdiv_rn(grad_means[at], float(count)) : 0.0f);
 }
 
-// kVector neighbours of the result a thread; in planes they are pixels, else channels.
-template <class S, class L, int kVector, bool kLast>
-__global__ void __launch_bounds__(kPoolThreads) pool_spread(PoolProblem p, const L* labels, const S* table, S* grad) {
-  const int64_t at = (int64_t(blockIdx.x) * kPoolThreads + threadIdx.x) * kVector;
-  if (at >= p.batch * p.pixels * p.channels) return;
-  Pack<S, kVector> out;
-  if constexpr (kLast) {
-    const int64_t place = at / p.channels, c = at - place * p.channels, label = int64_t(labels[place]);
-    if (label >= 0 && label < p.regions)
-      out = *reinterpret_cast<const Pack<S, kVector>*>(table + (place / p.pixels * p.regions + label) * p.channels + c);
-    else
-      for (int i = 0; i < kVector; ++i) out.value[i] = S(0.0f);
-  } else {
-    const int64_t plane = at / p.pixels, place = at - plane * p.pixels, image = plane / p.channels, c = plane - image * p.channels;
+// kVector neighbouring channels of kPoolSpread pixels a thread. grad [B, *S, C], counted in vectors: else nvcc stores four bytes at a time.
+template <class S, class L, int kVector>
+__global__ void __launch_bounds__(kPoolThreads) pool_spread_rows(PoolProblem p, const L* labels, const S* table, Bits<S, kVector>* grad) {
+  const int64_t at = int64_t(blockIdx.x) * kPoolThreads + threadIdx.x, vectors = p.channels / kVector, total = p.batch * p.pixels;
+  const int64_t block = at / vectors, vector = at - block * vectors, place = block * kPoolSpread;
+  if (place >= total) return;
+  const int64_t image = place / p.pixels;
+  Bits<S, kVector> out[kPoolSpread];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const int64_t label = int64_t(labels[image * p.pixels + place + i]);
-      out.value[i] = label >= 0 && label < p.regions ? table[(image * p.regions + label) * p.channels + c] : S(0.0f);
-    }
+  for (int u = 0; u < kPoolSpread; ++u) {
+    out[u] = {};
+    if (place + u >= total) continue;
+    const int64_t label = int64_t(labels[place + u]);
+    int64_t row = image;
+    while (place + u >= (row + 1) * p.pixels) ++row;
+    if (label >= 0 && label < p.regions) out[u] = load_bits<S, kVector>(table + (row * p.regions + label) * p.channels + vector * kVector);
   }
-  *reinterpret_cast<Pack<S, kVector>*>(grad + at) = out;
+#pragma unroll
+  for (int u = 0; u < kPoolSpread; ++u)
+    if (place + u < total) grad[(place + u) * vectors + vector] = out[u];
+}
+
+// kVector neighbouring pixels of kPoolPlanes channels a thread. grad [B, C, *S], counted in vectors.
+template <class S, class L, int kVector>
+__global__ void __launch_bounds__(kPoolThreads) pool_spread_planes(PoolProblem p, const L* labels, const S* table, Bits<S, kVector>* grad) {
+  const int64_t at = int64_t(blockIdx.x) * kPoolThreads + threadIdx.x, vectors = p.pixels / kVector, blocks = (p.channels + kPoolPlanes - 1) / kPoolPlanes;
+  const int64_t plane = at / vectors, vector = at - plane * vectors, image = plane / blocks, c = (plane - image * blocks) * kPoolPlanes;
+  if (image >= p.batch) return;
+  int64_t row[kVector];  // of the table; -1 for none
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const int64_t label = int64_t(labels[image * p.pixels + vector * kVector + i]);
+    row[i] = label >= 0 && label < p.regions ? (image * p.regions + label) * p.channels + c : -1;
+  }
+#pragma unroll
+  for (int k = 0; k < kPoolPlanes; ++k) {
+    if (c + k >= p.channels) break;
+    S out[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) out[i] = row[i] >= 0 ? table[row[i] + k] : S(0.0f);
+    Bits<S, kVector> bits;
+    __builtin_memcpy(&bits, out, sizeof(bits));
+    grad[(image * p.channels + c + k) * vectors + vector] = bits;
+  }
 }
 
 }  // namespace pix2rep

@@ -48,12 +48,26 @@ struct Arguments : WarpArguments {
 
 int64_t blocks_of(int64_t threads) { return ceil_div(threads, kWarpThreads); }
 
-// Lanes of a point: the power of two that covers its channels, 32 at most.
-int lanes_of(int64_t channels, int vector) {
-  int lanes = 1;
-  while (lanes < 32 && int64_t(lanes) * vector < channels) lanes *= 2;
-  return lanes;
-}
+// Launches of kernels that read rows: kernel(problem, log2 of a point's lanes, points of a warp, arguments...).
+struct RowLaunch {
+  int log2_lanes = 0, batch;
+
+  // Lanes cover a point's channels as far as a warp goes. A warp takes several points, each found by one lane, as long as every multiprocessor keeps as
+  // many warps as have 32 KiB under way, 16 bytes a lane and tap: more than its share of what the memory answers in 0.7 us.
+  RowLaunch(const Launch& launch, int64_t count, int64_t channels, int vector, int taps) {
+    while (log2_lanes < 5 && int64_t(vector) << log2_lanes < channels) ++log2_lanes;
+    batch = 32 >> log2_lanes;
+    while (batch < 32 && count >= int64_t(2 * batch) * (64 / in_flight(taps)) * launch.multiprocessors()) batch *= 2;
+  }
+
+  template <class K, class... A>
+  void operator()(const Launch& launch, const char* name, K kernel, int64_t shared, const WarpProblem& w, A... arguments) const {
+    launch(name, kernel, blocks_of(ceil_div(w.count, batch) * 32), kWarpThreads, kWarpThreads / 32 * shared, w, log2_lanes, batch, arguments...);
+  }
+};
+
+// Channels that a block transposes at a time.
+int plane_tile(int64_t channels) { return int(channels < kPlaneChannels ? (channels + 31) / 32 * 32 : kPlaneChannels); }
 
 // Whether rows of `count` neighbouring values may be read together everywhere in the map.
 bool aligned(const Tensor& map, int count) {
@@ -82,16 +96,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor features, Tensor grid, Sizes s
       const S* from = static_cast<const S*>(features.data_ptr());
       S* to = static_cast<S*>(rows.data_ptr());
       const auto rows_kernel = [&](auto kernel, int vector) {
-        const int lanes = lanes_of(w.channels, vector);
-        launch("warp_rows", kernel, blocks_of(w.count * lanes), kWarpThreads, 0, w, lanes, from, to, mutable_data<bool>(inside), norm);
+        const RowLaunch rows_launch(launch, w.count, w.channels, vector, PointTaps<t, d>::kCount);
+        rows_launch(launch, "warp_rows", kernel, TapTable<t, d>::kBytes, w, from, to, mutable_data<bool>(inside), norm);
       };
       if (last && aligned(features, wide))
         rows_kernel(&warp_rows<S, wide, t, d>, wide);
       else if (last)
         rows_kernel(&warp_rows<S, 1, t, d>, 1);
       else
-        launch("warp_planes", &warp_planes<S, t, d>, ceil_div(w.count, kPlanePoints), kWarpThreads,
-               PlaneShared::bytes(WarpTaps<t, d>::kCount), w, from, to, mutable_data<bool>(inside), norm);
+        launch("warp_planes", &warp_planes<S, t, d>, ceil_div(w.count, 32), kWarpThreads, PlaneShared<t, d>::bytes(plane_tile(w.channels)), w,
+               plane_tile(w.channels), from, to, mutable_data<bool>(inside), norm);
     });
   });
   return {rows, inside, norms};
@@ -110,6 +124,12 @@ struct Backward {
         channels_last(channels_last), memory(memory_of(shape, channels_last)) {
     in.expect_saved(this->grad_rows, this->rows, this->norms, normalize);
     expect_storage(rows, "rows");
+  }
+
+  // Whether `count` neighbouring values of a row may be read together.
+  bool aligned(int count) const {
+    const auto fits = [&](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % (count * t.element_size()) == 0; };
+    return in.shape[1] % count == 0 && fits(rows) && fits(grad_rows);
   }
 
   template <class S>
@@ -133,21 +153,27 @@ Tensor backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid, Sizes 
       if (it.rows.numel() == 0) return;
       const auto up = it.upstream<S>();
       float* to = mutable_data<float>(sums);
+      constexpr int wide = 16 / sizeof(S);
       const auto rows_kernel = [&](auto kernel, int vector) {
-        const int lanes = lanes_of(w.channels, vector);
-        launch("warp_scatter_rows", kernel, blocks_of(w.count * lanes), kWarpThreads, 0, w, lanes, up, to);
+        const RowLaunch rows_launch(launch, w.count, w.channels, vector, PointTaps<t, d>::kCount);
+        rows_launch(launch, "warp_scatter_rows", kernel, TapTable<t, d>::kBytes, w, up, to);
       };
-      const bool whole = reinterpret_cast<uintptr_t>(up.grad_rows) % (4 * sizeof(S)) == 0;  // a view of another tensor may start anywhere
-      if (w.stride_channel == 1 && w.channels % 4 == 0 && whole)
+      const auto planes_kernel = [&](auto kernel) {
+        launch("warp_scatter_planes", kernel, ceil_div(w.count, 32), kWarpThreads, PlaneShared<t, d>::bytes(plane_tile(w.channels)), w,
+               plane_tile(w.channels), up, to);
+      };
+      if (w.stride_channel == 1 && it.aligned(4))
         rows_kernel(&warp_scatter_rows<S, 4, t, d>, 4);
       else if (w.stride_channel == 1)
         rows_kernel(&warp_scatter_rows<S, 1, t, d>, 1);
+      else if (it.aligned(wide))
+        planes_kernel(&warp_scatter_planes<S, wide, t, d>);
       else
-        launch("warp_scatter_planes", &warp_scatter_planes<S, t, d>, ceil_div(w.count, kPlanePoints), kWarpThreads,
-               PlaneShared::bytes(WarpTaps<t, d>::kCount), w, up, to);
+        planes_kernel(&warp_scatter_planes<S, 1, t, d>);
     });
     if constexpr (sizeof(S) == 2)
-      launch("convert", &convert<S>, blocks_of(sums.numel()), kWarpThreads, 0, sums.numel(), data<float>(sums), static_cast<S*>(grad.data_ptr()));
+      launch("warp_convert", &warp_convert<S>, blocks_of(ceil_div(sums.numel(), 8)), kWarpThreads, 0, sums.numel(), data<float>(sums),
+             static_cast<S*>(grad.data_ptr()));
   });
   return in_place(grad, channels_last);
 }
@@ -162,7 +188,7 @@ Tensor backward_ordered(Tensor grad_rows, Tensor rows, Tensor norms, Tensor grid
   with_storage(rows.scalar_type(), "rows", [&](auto zero) {
     using S = decltype(zero);
     with_taps(it.in.taps, it.in.dims, [&](auto taps, auto dims) {
-      constexpr int t = taps, d = dims, count = WarpTaps<t, d>::kCount;
+      constexpr int t = taps, d = dims, count = PointTaps<t, d>::kCount;
       Tensor keys = torch::stable::new_empty(rows, {w.count * count}, ScalarType::Long);
       Tensor weights = torch::stable::new_empty(rows, {w.count * count}, ScalarType::Float);
       Tensor dots = torch::stable::new_empty(rows, {normalize ? w.count : 0}, ScalarType::Float);

@@ -8,153 +8,213 @@ namespace pix2rep {
 
 constexpr int kWarpThreads = 256;
 constexpr float kWarpEpsilon = 1e-12f;
-constexpr int kWarpHeld = 4;       // vectors of a row that a lane keeps between its norm and its store
-constexpr int kPlanePoints = 32;   // of a block that reads planes
-constexpr int kPlaneChannels = 64; // transposed at a time
-constexpr int kPlanePitch = kPlanePoints + 1;
 
-// Features [c, c + kVector) of a point.
+// Taps that a lane has under way before it uses the first, and blocks that share a multiprocessor: as many registers as those take and no more.
+constexpr int in_flight(int taps) { return taps == 16 ? 4 : taps; }
+constexpr int row_blocks(int taps) { return taps == 1 ? 6 : taps == 4 ? 3 : 2; }
+// Vectors of a row that a lane keeps between its norm and its store.
+constexpr int row_vectors(int taps) { return taps == 1 || taps == 16 ? 1 : 4; }
+
+constexpr int kPlaneChannels = 256;  // at most that a block transposes at a time, of 32 points
+constexpr int kPlanePitch = 33;
+
+// Features of a point from `from` on.
 template <class S, int kVector, int kTaps, int kDims>
-__device__ __forceinline__ void gather_channels(const WarpProblem& w, const WarpPoint& point, const S* image, int64_t c, float (&f)[kVector]) {
+__device__ __forceinline__ void gather_channels(const PointTaps<kTaps, kDims>& taps, const S* from, float (&f)[kVector]) {
+  constexpr int count = PointTaps<kTaps, kDims>::kCount, step = in_flight(count);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) f[i] = 0.0f;
 #pragma unroll
-  for (int k = 0; k < WarpTaps<kTaps, kDims>::kCount; ++k) {
-    const WarpTap t = WarpTaps<kTaps, kDims>::at(w, point, k);
-    if (t.weight == 0.0f) continue;  // a tap without weight passes no NaN
-    float value[kVector];
-    load<S, kVector>(image + t.offset + c, value);
+  for (int first = 0; first < count; first += step) {
+    Bits<S, kVector> bits[step];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) f[i] = fmaf(t.weight, value[i], f[i]);
-  }
-}
-
-// Channels last: `lanes` lanes a point, each kVector neighbouring channels at a time.
-template <class S, int kVector, int kTaps, int kDims>
-__global__ void __launch_bounds__(kWarpThreads) warp_rows(WarpProblem w, int lanes, const S* features, S* rows, bool* inside, float* norms) {
-  const int64_t p = int64_t(blockIdx.x) * (kWarpThreads / lanes) + threadIdx.x / unsigned(lanes), first = int64_t(threadIdx.x % unsigned(lanes)) * kVector;
-  const int64_t step = int64_t(lanes) * kVector;
-  const WarpPoint point = locate<kTaps, kDims>(w, p);
-  const bool present = p < w.count;
-  if (present && first == 0) inside[p] = point.inside;
-  const S* image = features + point.image * w.stride_batch;
-  S* row = rows + p * w.channels;
-  float held[kWarpHeld][kVector], squares = 0.0f;
-#pragma unroll
-  for (int h = 0; h < kWarpHeld; ++h) {
-    const int64_t c = first + h * step;
-    if (!present || c >= w.channels) continue;
-    gather_channels<S, kVector, kTaps, kDims>(w, point, image, c, held[h]);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) squares = fmaf(held[h][i], held[h][i], squares);
-  }
-  const int64_t rest = first + kWarpHeld * step;
-  float scale = 1.0f;
-  if (norms) {
-    for (int64_t c = rest; present && c < w.channels; c += step) {
-      float f[kVector];
-      gather_channels<S, kVector, kTaps, kDims>(w, point, image, c, f);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) squares = fmaf(f[i], f[i], squares);
+    for (int k = 0; k < step; ++k) {
+      const WarpTap t = taps.at(first + k);
+      bits[k] = {};
+      if (t.weight != 0.0f) bits[k] = load_bits<S, kVector>(from + t.offset);  // a tap without weight passes no NaN
     }
-    const float norm = sqrtf(sum_lanes(squares, lanes));
-    if (present && first == 0) norms[p] = norm;
-    scale = 1.0f / (norm < kWarpEpsilon ? kWarpEpsilon : norm);  // NaN passes
-  }
 #pragma unroll
-  for (int h = 0; h < kWarpHeld; ++h) {
-    const int64_t c = first + h * step;
-    if (!present || c >= w.channels) continue;
+    for (int k = 0; k < step; ++k) {
+      const float weight = taps.at(first + k).weight;
+      float value[kVector];
+      unpack<S, kVector>(bits[k], value);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) held[h][i] *= scale;
-    store<S, kVector>(row + c, held[h]);
-  }
-  for (int64_t c = rest; present && c < w.channels; c += step) {
-    float f[kVector];
-    gather_channels<S, kVector, kTaps, kDims>(w, point, image, c, f);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) f[i] *= scale;
-    store<S, kVector>(row + c, f);
+      for (int i = 0; i < kVector; ++i) f[i] = fmaf(weight, value[i], f[i]);
+    }
   }
 }
 
-// What the threads of a block that reads planes share: taps of its points, a tile of channels x points, sums of squares by warp.
-struct PlaneShared {
-  int64_t* offset;  // [taps][kPlanePoints]
-  float* weight;    // [taps][kPlanePoints]
-  float* tile;      // [kPlaneChannels][kPlanePitch]
-  float* partial;   // [kWarpThreads / 32][kPlanePoints]
+// What the lanes of a warp do that reads rows: `lanes` share a point, `batch` points are the warp's.
+struct RowLanes {
+  int lanes, batch, first, group;  // the lane's first channel; its point of those that are read together
+  int64_t begin;                   // the warp's first point
 
-  static constexpr int64_t bytes(int taps) {
-    return int64_t(taps) * kPlanePoints * 12 + int64_t(kPlaneChannels) * kPlanePitch * 4 + kWarpThreads / 32 * kPlanePoints * 4;
-  }
-  __device__ explicit PlaneShared(int taps) {
-    offset = reinterpret_cast<int64_t*>(device::shared_memory());
-    weight = reinterpret_cast<float*>(offset + taps * kPlanePoints);
-    tile = weight + taps * kPlanePoints;
-    partial = tile + kPlaneChannels * kPlanePitch;
-  }
+  __device__ __forceinline__ RowLanes(int log2_lanes, int batch, int vector)
+      : lanes(1 << log2_lanes),
+        batch(batch),
+        first((int(threadIdx.x) & (lanes - 1)) * vector),
+        group(int(threadIdx.x) % 32 >> log2_lanes),
+        begin((int64_t(blockIdx.x) * (kWarpThreads / 32) + threadIdx.x / 32) * batch) {}
 };
 
-// Taps of the block's points, by its first warp; then everybody may read them. Returns the first point.
-template <int kTaps, int kDims>
-__device__ __forceinline__ int64_t share_taps(const WarpProblem& w, const PlaneShared& shared, bool* inside) {
-  constexpr int count = WarpTaps<kTaps, kDims>::kCount;
-  const int64_t begin = int64_t(blockIdx.x) * kPlanePoints;
-  if (threadIdx.x < kPlanePoints) {
-    const int64_t p = begin + threadIdx.x;
-    const WarpPoint point = locate<kTaps, kDims>(w, p);
-    if (inside && p < w.count) inside[p] = point.inside;
-    for (int k = 0; k < count; ++k) {
-      const WarpTap t = WarpTaps<kTaps, kDims>::at(w, point, k);
-      shared.offset[k * kPlanePoints + threadIdx.x] = point.image * w.stride_batch + t.offset;
-      shared.weight[k * kPlanePoints + threadIdx.x] = inside || point.ok ? t.weight : 0.0f;  // what names no point adds nothing to a gradient
+// Channels last: kVector neighbouring channels a lane at a time.
+template <class S, int kVector, int kTaps, int kDims>
+__global__ void __launch_bounds__(kWarpThreads, row_blocks(PointTaps<kTaps, kDims>::kCount))
+    warp_rows(WarpProblem w, int log2_lanes, int batch, const S* features, S* rows, bool* inside, float* norms) {
+  constexpr int vectors = row_vectors(PointTaps<kTaps, kDims>::kCount);
+  const RowLanes my(log2_lanes, batch, kVector);
+  if (my.begin >= w.count) return;
+  const auto table = share_points<kTaps, kDims>(w, my.begin, batch, inside, false);
+  const int channels = int(w.channels), step = my.lanes * kVector, rest = my.first + vectors * step;
+  for (int at = my.group; at < batch; at += 32 >> log2_lanes) {
+    const PointTaps<kTaps, kDims> taps = table.read(at);
+    const int64_t p = my.begin + at;
+    const bool present = p < w.count;
+    S* row = rows + p * channels;
+    float held[vectors][kVector], squares = 0.0f;
+#pragma unroll
+    for (int h = 0; h < vectors; ++h) {
+      const int c = my.first + h * step;
+      if (c >= channels) break;
+      gather_channels<S, kVector, kTaps, kDims>(taps, features + c, held[h]);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) squares = fmaf(held[h][i], held[h][i], squares);
+    }
+    float scale = 1.0f;
+    if (norms) {
+      for (int c = rest; c < channels; c += step) {
+        float f[kVector];
+        gather_channels<S, kVector, kTaps, kDims>(taps, features + c, f);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) squares = fmaf(f[i], f[i], squares);
+      }
+      const float norm = sqrtf(sum_lanes(squares, my.lanes));
+      if (present && my.first == 0) norms[p] = norm;
+      scale = 1.0f / (norm < kWarpEpsilon ? kWarpEpsilon : norm);  // NaN passes
+    }
+    if (!present) continue;
+#pragma unroll
+    for (int h = 0; h < vectors; ++h) {
+      const int c = my.first + h * step;
+      if (c >= channels) break;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) held[h][i] *= scale;
+      store<S, kVector>(row + c, held[h]);
+    }
+    for (int c = rest; c < channels; c += step) {
+      float f[kVector];
+      gather_channels<S, kVector, kTaps, kDims>(taps, features + c, f);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) f[i] *= scale;
+      store<S, kVector>(row + c, f);
     }
   }
-  __syncthreads();
-  return begin;
 }
 
-// Channels in planes, or in any strides: a lane a point, a warp a channel.
-template <class S, int kTaps, int kDims>
-__global__ void __launch_bounds__(kWarpThreads, 3) warp_planes(WarpProblem w, const S* features, S* rows, bool* inside, float* norms) {
-  constexpr int count = WarpTaps<kTaps, kDims>::kCount, warps = kWarpThreads / 32;
-  const PlaneShared shared(count);
-  const int64_t begin = share_taps<kTaps, kDims>(w, shared, inside);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool present = begin + lane < w.count;
-  const auto value = [&](int64_t c) {
-    float f = 0.0f;
-#pragma unroll
-    for (int k = 0; k < count; ++k) {
-      const float weight = shared.weight[k * kPlanePoints + lane];
-      if (weight != 0.0f) f = fmaf(weight, float(features[shared.offset[k * kPlanePoints + lane] + c * w.stride_channel]), f);
-    }
-    return f;
-  };
-  float scale = 1.0f;
-  if (norms) {
-    float squares = 0.0f;
-    for (int64_t c = warp; present && c < w.channels; c += warps) {
-      const float f = value(c);
-      squares = fmaf(f, f, squares);
-    }
-    shared.partial[warp * kPlanePoints + lane] = squares;
-    __syncthreads();
-    float total = 0.0f;
-    for (int k = 0; k < warps; ++k) total += shared.partial[k * kPlanePoints + lane];
-    const float norm = sqrtf(total);
-    if (present && warp == 0) norms[begin + lane] = norm;
-    scale = 1.0f / (norm < kWarpEpsilon ? kWarpEpsilon : norm);
+// Shared memory of a block that reads planes: the taps of its 32 points, a tile of channels x points, a value a point of each warp and of all.
+template <int kTaps, int kDims>
+struct PlaneShared {
+  using Table = TapTable<kTaps, kDims>;
+  float* tile;     // [channels of a tile][kPlanePitch]
+  float* partial;  // [kWarpThreads / 32][32]
+  float* total;    // [32]
+
+  static int64_t bytes(int tile) { return Table::kBytes + 4 * (int64_t(tile) * kPlanePitch + kWarpThreads + 32); }
+  __device__ __forceinline__ explicit PlaneShared(int tile_channels)
+      : tile(reinterpret_cast<float*>(device::shared_memory() + Table::kBytes)), partial(tile + tile_channels * kPlanePitch), total(partial + kWarpThreads) {}
+};
+
+// The taps of this lane's point of a block's 32, which the first warp finds.
+template <int kTaps, int kDims>
+__device__ __forceinline__ PointTaps<kTaps, kDims> block_taps(const WarpProblem& w, int64_t begin, bool* inside, bool named) {
+  if (threadIdx.x < 32) share_points<kTaps, kDims>(w, begin, 32, inside, named);
+  __syncthreads();
+  return TapTable<kTaps, kDims>(device::shared_memory()).read(threadIdx.x % 32);
+}
+
+// f(point, channel) for kVector channels of a point at a time: 32 / kVector lanes along channels and kVector points, so that a tile's banks are all used.
+template <int kVector, class F>
+__device__ __forceinline__ void each_vector(int channels, const F& f) {
+  constexpr int along = 32 / kVector;
+  const int lane = threadIdx.x % 32;
+  for (int block = threadIdx.x / 32; block < along * ((channels + 31) / 32); block += kWarpThreads / 32) {
+    const int c = block / along * 32 + lane % along * kVector;
+    if (c < channels) f(block % along * kVector + lane / along, c);
   }
-  for (int64_t first = 0; first < w.channels; first += kPlaneChannels) {
-    for (int k = warp; k < kPlaneChannels; k += warps)
-      if (present && first + k < w.channels) shared.tile[k * kPlanePitch + lane] = value(first + k) * scale;
-    __syncthreads();
-    for (int at = threadIdx.x; at < kPlaneChannels * kPlanePoints; at += kWarpThreads) {
-      const int k = at % kPlaneChannels, i = at / kPlaneChannels;
-      if (first + k < w.channels && begin + i < w.count) rows[(begin + i) * w.channels + first + k] = S(shared.tile[k * kPlanePitch + i]);
+}
+
+// Rows of a tile into memory, kVector neighbours at a time.
+template <class S, int kVector>
+__device__ __forceinline__ void store_tile(const float* tile, const float* scale, int points, int channels, int64_t row_stride, S* rows) {
+  each_vector<kVector>(channels, [&](int i, int c) {
+    if (i >= points) return;
+    float f[kVector];
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) f[j] = tile[(c + j) * kPlanePitch + i] * scale[i];
+    store<S, kVector>(rows + i * row_stride + c, f);
+  });
+}
+
+// Channels in planes, or in any strides: a lane a point, a warp a channel. Maps of no more channels than a tile are read once.
+template <class S, int kTaps, int kDims>
+__global__ void __launch_bounds__(kWarpThreads, 3) warp_planes(WarpProblem w, int tile, const S* features, S* rows, bool* inside, float* norms) {
+  constexpr int count = PointTaps<kTaps, kDims>::kCount, warps = kWarpThreads / 32, ahead = count <= 4 ? 4 : 16 / count, wide = 16 / sizeof(S);
+  const PlaneShared<kTaps, kDims> shared(tile);
+  const int64_t begin = int64_t(blockIdx.x) * 32;
+  const PointTaps<kTaps, kDims> taps = block_taps<kTaps, kDims>(w, begin, inside, false);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channels = int(w.channels);
+  const int points = w.count - begin < 32 ? int(w.count - begin) : 32;
+  float squares = 0.0f;
+  // Channels [first, first + tile), `ahead` of a warp's on their way at once.
+  const bool once = channels <= tile;
+  const auto read = [&](int first, bool keep) {
+    const int last = channels - first < tile ? channels - first : tile;
+    for (int c = warp; c < last; c += warps * ahead) {
+      Bits<S, 1> bits[ahead][count];
+#pragma unroll
+      for (int u = 0; u < ahead; ++u)
+#pragma unroll
+        for (int k = 0; k < count; ++k) {
+          const WarpTap t = taps.at(k);
+          bits[u][k] = {};
+          if (t.weight != 0.0f && c + u * warps < last) bits[u][k] = load_bits<S, 1>(features + t.offset + (first + c + u * warps) * w.stride_channel);
+        }
+#pragma unroll
+      for (int u = 0; u < ahead; ++u) {
+        float f = 0.0f;
+#pragma unroll
+        for (int k = 0; k < count; ++k) {
+          float value[1];
+          unpack<S, 1>(bits[u][k], value);
+          f = fmaf(taps.at(k).weight, value[0], f);
+        }
+        if (c + u * warps >= last) continue;
+        if (once || !keep) squares = fmaf(f, f, squares);
+        if (keep) shared.tile[(c + u * warps) * kPlanePitch + lane] = f;
+      }
     }
+  };
+  for (int first = 0; first < channels && !once && norms; first += tile) read(first, false);
+  for (int first = 0; first < channels; first += tile) {
+    read(first, true);
+    if (first == 0) {
+      shared.partial[threadIdx.x] = squares;
+      __syncthreads();
+      if (warp == 0) {
+        float total = 0.0f;
+        for (int k = 0; k < warps; ++k) total += shared.partial[k * 32 + lane];
+        const float norm = sqrtf(total);
+        if (norms && lane < points) norms[begin + lane] = norm;
+        shared.total[lane] = norms ? 1.0f / (norm < kWarpEpsilon ? kWarpEpsilon : norm) : 1.0f;
+      }
+    }
+    __syncthreads();
+    const int last = channels - first < tile ? channels - first : tile;
+    S* to = rows + begin * channels + first;
+    if (channels % wide == 0)
+      store_tile<S, wide>(shared.tile, shared.total, points, last, channels, to);
+    else
+      store_tile<S, 1>(shared.tile, shared.total, points, last, channels, to);
     __syncthreads();
   }
 }

@@ -125,15 +125,76 @@ __device__ __forceinline__ WarpTap tap(const WarpProblem& w, const WarpPoint& po
   return out;
 }
 
-// All taps of a point: index k counts x fastest.
+// Taps of a point in registers, by axis: tap k counts x fastest.
 template <int kTaps, int kDims>
-struct WarpTaps {
-  static constexpr int kPlanes = kDims == 3 ? kTaps : 1;
-  static constexpr int kCount = kPlanes * kTaps * kTaps;
+struct PointTaps {
+  static constexpr int kAxes = kTaps * kDims;
+  static constexpr int kCount = kDims == 3 ? kTaps * kTaps * kTaps : kTaps * kTaps;
 
-  static __device__ __forceinline__ WarpTap at(const WarpProblem& w, const WarpPoint& point, int k) {
-    return tap<kTaps, kDims>(w, point, k / (kTaps * kTaps), k / kTaps % kTaps, k % kTaps);
+  int64_t offset[kAxes];  // of index k of axis a, x first, at a kTaps + k; that of y also leads to the image
+  float weight[kAxes];
+
+  __device__ __forceinline__ PointTaps() {}
+  // A point that is not `present` has no weight.
+  __device__ __forceinline__ PointTaps(const WarpProblem& w, const WarpPoint& point, bool present) {
+#pragma unroll
+    for (int axis = 0; axis < kDims; ++axis)
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k) {
+        int64_t index;
+        const float x = axis == 0 ? point.x : axis == 1 ? point.y : point.z;
+        weight[axis * kTaps + k] = axis_tap<kTaps>(w, x, w.extent[2 - axis], k, index);
+        offset[axis * kTaps + k] = index * w.stride[2 - axis] + (axis == 1 ? point.image * w.stride_batch : 0);
+      }
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) weight[k] = !present ? 0.0f : point.bad ? __int_as_float(0x7fc00000) : weight[k];
+  }
+
+  __device__ __forceinline__ WarpTap at(int k) const {
+    const int x = k % kTaps, y = kTaps + k / kTaps % kTaps, z = 2 * kTaps + k / (kTaps * kTaps);
+    if constexpr (kDims == 3) return {offset[z] + offset[y] + offset[x], __fmul_rn(__fmul_rn(weight[z], weight[y]), weight[x])};
+    return {offset[y] + offset[x], __fmul_rn(weight[y], weight[x])};
   }
 };
+
+// Taps of 32 points in shared memory: each is located by one lane, for all that share its channels.
+template <int kTaps, int kDims>
+struct TapTable {
+  using Taps = PointTaps<kTaps, kDims>;
+  static constexpr int kBytes = Taps::kAxes * 32 * 12;
+
+  int64_t* offset;
+  float* weight;
+
+  __device__ __forceinline__ explicit TapTable(unsigned char* bytes)
+      : offset(reinterpret_cast<int64_t*>(bytes)), weight(reinterpret_cast<float*>(bytes + Taps::kAxes * 32 * 8)) {}
+
+  __device__ __forceinline__ void write(int place, const Taps& taps) const {
+#pragma unroll
+    for (int k = 0; k < Taps::kAxes; ++k) offset[k * 32 + place] = taps.offset[k], weight[k * 32 + place] = taps.weight[k];
+  }
+  __device__ __forceinline__ Taps read(int place) const {
+    Taps taps;
+#pragma unroll
+    for (int k = 0; k < Taps::kAxes; ++k) taps.offset[k] = offset[k * 32 + place], taps.weight[k] = weight[k * 32 + place];
+    return taps;
+  }
+};
+
+// Finds the points that a warp takes, `batch` neighbours from `begin` on, and leaves their taps to its lanes. With `named`, indices that name no point of
+// the grid have no taps; else NaN ones.
+template <int kTaps, int kDims>
+__device__ __forceinline__ TapTable<kTaps, kDims> share_points(const WarpProblem& w, int64_t begin, int batch, bool* inside, bool named) {
+  const int lane = threadIdx.x % 32;
+  const TapTable<kTaps, kDims> table(device::shared_memory() + threadIdx.x / 32 * TapTable<kTaps, kDims>::kBytes);
+  if (lane < batch) {
+    const int64_t p = begin + lane;
+    const WarpPoint point = locate<kTaps, kDims>(w, p);
+    if (inside && p < w.count) inside[p] = point.inside;
+    table.write(lane, PointTaps<kTaps, kDims>(w, point, named ? point.ok : p < w.count));
+  }
+  __syncwarp();
+  return table;
+}
 
 }  // namespace pix2rep
