@@ -9,9 +9,11 @@ from pix2rep_kernels.ops.crosscorr import correlation, moments
 from pix2rep_kernels.reference import crosscorr as reference
 from pix2rep_kernels.testing import backends, error, poisoned, tolerance
 
-FAST = [b for b in backends("crosscorr") if b != "triton" or torch.cuda.is_available()]  # interpreted kernels have a table of their own
-CPU = [b for b in FAST if b != "triton"]
-DEVICE = {b: "cuda" if b in ("triton", "cuda") and torch.cuda.is_available() else "cpu" for b in backends("crosscorr")}
+GPU = torch.cuda.is_available()
+SMALL = [b for b in backends("crosscorr") if b in ("triton", "cuda") and not GPU]  # interpreted and emulated kernels have a table of their own
+FAST = [b for b in backends("crosscorr") if b not in SMALL]
+CPU = [b for b in FAST if b not in ("triton", "cuda")]
+DEVICE = {b: "cuda" if b in ("triton", "cuda") and GPU else "cpu" for b in backends("crosscorr")}
 NORMALIZATIONS = ("batchnorm", "std", "none")
 
 
@@ -106,7 +108,7 @@ def compare(backend, x, y, weight=None, normalization="batchnorm", needs=(True, 
     upstream = torch.randn(x.shape[1], y.shape[1], dtype=torch.float64)
     truth = both(pytorch, x.double(), y.double(), upstream, **options)
     wide = torch.float64 in (x.dtype, y.dtype)
-    narrow = backend == "triton" and x.dtype == y.dtype and x.dtype != torch.float32  # products of 16-bit operands
+    narrow = backend in ("triton", "cuda") and x.dtype == y.dtype and x.dtype != torch.float32  # products of 16-bit operands
     working = x.dtype if narrow else torch.float32
     eager = both(pytorch, x.to(working), y.to(working), upstream, **options)
     eps = torch.finfo(working).eps

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crosscorr_helpers import CPU, DEVICE, FAST, NORMALIZATIONS, both, compare, laid_out, ours, pytorch, views, weights
+from crosscorr_helpers import CPU, DEVICE, FAST, NORMALIZATIONS, SMALL, both, compare, laid_out, ours, pytorch, views, weights
 from pix2rep_kernels import crosscorr
 from pix2rep_kernels.ops.crosscorr import moments
 from pix2rep_kernels.testing import backends, error
@@ -28,7 +28,7 @@ def test_values_and_gradients(backend, normalization):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("backend", FAST)
 def test_precisions(backend, dtype):
-    if dtype == torch.float64 and backend == "triton":
+    if dtype == torch.float64 and backend in ("triton", "cuda"):
         pytest.skip("float64 runs on the backends reference and cpu only")
     for layout, weight, d1, other in itertools.product(("rows", "planes"), ("none", "numbers"), (9, 32), (dtype, torch.float32)):
         compare(backend, *views(200, d1, 64, dtype, other, layout), weights(weight, 200))
@@ -74,7 +74,7 @@ def test_strides(backend):
     assert error(got, truth) < 1e-5
 
 
-TRITON_CASES = [
+SMALL_CASES = [
     *({"shape": (40, 5, 33), "weight": w, "normalization": n} for w in ("none", "mask", "numbers") for n in NORMALIZATIONS),
     *({"shape": (70, 17, 40), "dtype": t, "weight": w} for t in (torch.float16, torch.bfloat16) for w in ("none", "numbers")),
     *({"shape": (70, 17, 20), "layout": layout, "weight": "mask"} for layout in ("planes", "wide", "offset")),
@@ -90,12 +90,12 @@ TRITON_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif("triton" not in backends("crosscorr"), reason="triton does not run here")
-@pytest.mark.parametrize("case", TRITON_CASES, ids=lambda case: "-".join(str(v) for v in case.values()).replace("torch.", ""))
-def test_triton(case):
+@pytest.mark.parametrize("backend", SMALL)
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: "-".join(str(v) for v in case.values()).replace("torch.", ""))
+def test_small(backend, case):
     n, d1, d2 = case["shape"]
     x, y = views(n, d1, d2, case.get("dtype", torch.float32), case.get("dtype_y"), case.get("layout", "rows"))
-    compare("triton", x, y, weights(case.get("weight", "none"), n), case.get("normalization", "batchnorm"), case.get("needs", (True, True)))
+    compare(backend, x, y, weights(case.get("weight", "none"), n), case.get("normalization", "batchnorm"), case.get("needs", (True, True)))
 
 
 # Edges

@@ -85,9 +85,10 @@ def test_bad_input(change, kind, message):
         crosscorr(**{"x": torch.zeros(5, 3), "y": torch.zeros(5, 4), **change})
 
 
-def test_triton_refuses_float64():
+@pytest.mark.parametrize("backend", [b for b in backends("crosscorr") if b in ("triton", "cuda")])
+def test_gpu_kernels_refuse_float64(backend):
     with pytest.raises(RuntimeError, match="float64 features run on the backends reference and cpu only"):
-        crosscorr(torch.zeros(5, 3, dtype=torch.float64), torch.zeros(5, 3), backend="triton")
+        crosscorr(torch.zeros(5, 3, dtype=torch.float64), torch.zeros(5, 3), backend=backend)
 
 
 @built

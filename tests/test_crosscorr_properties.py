@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crosscorr_helpers import DEVICE, NORMALIZATIONS, both, ours, pytorch, views, weights
+from crosscorr_helpers import DEVICE, NORMALIZATIONS, SMALL, both, ours, pytorch, views, weights
 from pix2rep_kernels.ops.crosscorr import Moments, correlation, moments
 from pix2rep_kernels.testing import backends, error, tolerance
 
@@ -13,7 +13,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def size(backend):
-    return (70, 5, 9) if backend == "triton" and DEVICE[backend] == "cpu" else (700, 20, 33)
+    return (70, 5, 9) if backend in SMALL else (700, 20, 33)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -37,7 +37,7 @@ def test_a_constant_changes_nothing(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_masked_border_does_not_spoil_the_pivot(backend):
     """Rows of pixels whose first columns are left out: pilot rows at even distances would all lie there."""
-    height, width = (16, 32) if DEVICE[backend] == "cpu" and backend == "triton" else (64, 64)
+    height, width = (16, 32) if backend in SMALL else (64, 64)
     x, y = (torch.randn(height * width, d) + 1e3 for d in (3, 4))
     inside = (torch.arange(height * width) % width) >= 3
     got = ours(backend)(x, y, weight=inside)

@@ -44,6 +44,7 @@ struct Arguments {
     n = x.size(0);
     PIX2REP_EXPECT(y.dim() == 2 && y.size(0) == n, "y", "have shape [N, D2] with x's N", y.dim(), " axes of which the first is ", y.size(0));
     d1 = x.size(1), d2 = y.size(1);
+    PIX2REP_EXPECT(n < int64_t(1) << 35, "x", "have less than 2^35 rows", n);
     PIX2REP_EXPECT(std::max(d1, d2) < (1 << 30), "x", "have less than 2^30 features, as y", std::max(d1, d2));
     const Storage stored[] = {storage_of(x, "x"), storage_of(y, "y")};
     form = stored[0] != stored[1] || stored[0] == Storage::float32 ? Form::float32 : stored[0] == Storage::float16 ? Form::float16 : Form::bfloat16;
@@ -104,7 +105,7 @@ Moments forward(Tensor x, Tensor y, Optional weight) {
   const Tensor parts = make({splits, size});
   launch_moments(launch, in.form,
                  {in.view(x), in.view(y), in.weights(), in.weight_stride(), data<float>(largest), in.narrow() ? rounded_x.data_ptr() : pivot_x.data_ptr(),
-                  in.narrow() ? rounded_y.data_ptr() : pivot_y.data_ptr(), mutable_data<float>(parts), n, steps, int(splits), int(tiling.tiles_x),
+                  in.narrow() ? rounded_y.data_ptr() : pivot_y.data_ptr(), mutable_data<float>(parts), n, int(splits), int(steps), int(tiling.tiles_x),
                   int(tiling.tiles_y)});
   launch("crosscorr add", &add_parts, std::max<int64_t>(1, ceil_div(size, 32)), kThreads, kThreads * 8,
          AddTask{data<float>(parts), size, splits, mutable_data<float>(product), mutable_data<float>(sum_x), mutable_data<float>(sum_y),

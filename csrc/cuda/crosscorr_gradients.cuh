@@ -59,24 +59,31 @@ __device__ __forceinline__ void multiply_rows(Product& total, const unsigned cha
     }
 }
 
-// w (constant + slope t + unit total), and 0 where w is.
+// w (constant + slope t + unit total), where w is not 0.
 __device__ __forceinline__ float affine(float constant, float slope, float value, float unit, float total, float weight) {
-  const float gradient = constant + slope * value + unit * total;
-  return weight == 0 ? 0.0f : weight * gradient;
+  return weight * (constant + slope * value + unit * total);
 }
+
+// Where one gradient goes.
+struct Result {
+  const float *constant, *slope;  // of the first feature
+  void* grad;                     // of that
+  int d, left;                    // features of a row; from the first on
+};
 
 // Two lanes exchange what makes four neighbours of each, so that rows are written in whole 32 bytes.
 template <class T>
-__device__ __forceinline__ void store_rows(const Side& side, const Product& total, const unsigned char* own, int first, const float (&weight)[4],
-                                           int64_t row, int64_t n, float unit) {
+__device__ __forceinline__ void store_rows(const Result& to, const Product& total, const unsigned char* own, const float (&weight)[4], int64_t row,
+                                           int64_t n, float unit) {
   const int lane = threadIdx.x % 32, t = lane % 4;
-  const float *constant = side.constant + first + 2 * t, *slope = side.slope + first + 2 * t;
-  const int d = side.view.d;
+  const bool odd = t % 2;
 #pragma unroll
   for (int pair = 0; pair < kGradientFeatures / 16; ++pair) {
     float2 c[2], s[2];
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      c[half] = *reinterpret_cast<const float2*>(constant + 16 * pair + 8 * half), s[half] = *reinterpret_cast<const float2*>(slope + 16 * pair + 8 * half);
+      const int feature = 16 * pair + 8 * half + 2 * t;
+      c[half] = *reinterpret_cast<const float2*>(to.constant + feature), s[half] = *reinterpret_cast<const float2*>(to.slope + feature);
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {  // row 8 r + lane / 4
@@ -88,19 +95,19 @@ __device__ __forceinline__ void store_rows(const Side& side, const Product& tota
         const float2 value = unpack<T>(*reinterpret_cast<const uint32_t*>(own + (8 * r + lane / 4) * kRowBytes + chunk * 16 + 4 * t));
         out[half] = device::pack(affine(c[half].x, s[half].x, value.x, unit, sum[0], weight[r]),
                                  affine(c[half].y, s[half].y, value.y, unit, sum[1], weight[r]), T());
+        if (weight[r] == 0) out[half] = 0;
       }
-      T* const to = static_cast<T*>(side.grad) + (row + 8 * r) * d;
-      if (d % 4 == 0) {
-        const uint32_t theirs = device::shuffle_xor(out[1 - t % 2], 1), mine = out[t % 2];
-        const int feature = first + 16 * pair + (t % 2 ? 8 + 2 * (t - 1) : 2 * t);
-        if (row + 8 * r < n && feature < d) *reinterpret_cast<uint2*>(to + feature) = t % 2 ? uint2{theirs, mine} : uint2{mine, theirs};
+      const bool present = row + 8 * r < n;
+      uint16_t* const first = static_cast<uint16_t*>(to.grad) + (row + 8 * r) * to.d;
+      const uint32_t theirs = device::shuffle_xor(odd ? out[0] : out[1], 1), mine = odd ? out[1] : out[0];
+      if (to.d % 4 == 0) {
+        const int feature = 16 * pair + (odd ? 8 + 2 * (t - 1) : 2 * t);
+        if (present && feature < to.left) *reinterpret_cast<uint2*>(first + feature) = odd ? uint2{theirs, mine} : uint2{mine, theirs};
       } else {
-        for (int half = 0; half < 2; ++half)
-          for (int i = 0; i < 2; ++i)
-            if (const int feature = first + 16 * pair + 8 * half + 2 * t + i; row + 8 * r < n && feature < d) {
-              const uint16_t bits = uint16_t(out[half] >> 16 * i);
-              reinterpret_cast<uint16_t*>(to)[feature] = bits;
-            }
+        device::rarely();
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (const int feature = 16 * pair + k / 2 * 8 + 2 * t + k % 2; present && feature < to.left) first[feature] = uint16_t(out[k / 2] >> k % 2 * 16);
       }
     }
   }
@@ -111,11 +118,16 @@ __global__ void __launch_bounds__(256, 1) gradients(GradientsTask task) {
   const Jobs jobs(task);
   const int rows = jobs.rows(), panel_bytes = rows * kRowBytes, panels_x = task.x.padded / kPanel<T>, panels_y = task.y.padded / kPanel<T>;
   const Shared shared(task, rows);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, job = warp % jobs.count(), group = warp / jobs.count();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, job = warp % jobs.count();
+  const bool idle = warp / jobs.count() >= jobs.groups;  // it does what another does and stores nothing
+  const int group = idle ? 0 : warp / jobs.count();
   const bool for_x = job < jobs.of_x;
   const int block = for_x ? job : job - jobs.of_x;  // of own features
   unsigned char *const operand = device::shared_memory(), *const ring = operand + shared.operand;
   const float unit = power_of_two(task.largest) / task.top;
+  const int first_feature = block * kGradientFeatures, d = for_x ? task.x.view.d : task.y.view.d;
+  const Result result{(for_x ? task.x.constant : task.y.constant) + first_feature, (for_x ? task.x.slope : task.y.slope) + first_feature,
+                      static_cast<T*>(for_x ? task.x.grad : task.y.grad) + first_feature, d, d - first_feature};
 
   // gP [D1][D2] in panels of D2.
   for (int at = threadIdx.x; at < panels_y * task.x.padded * 8; at += blockDim.x) {
@@ -131,8 +143,8 @@ __global__ void __launch_bounds__(256, 1) gradients(GradientsTask task) {
       const int64_t first = next * rows, left = task.n - first;
       const auto alive = [left](int r) { return r < left; };
       unsigned char* to = ring + slot * shared.slot;
-      copy_rows<T, false, 0>(to, task.x.view, first, rows, 0, panels_x, alive, static_cast<const T*>(nullptr));
-      copy_rows<T, false, 0>(to + panels_x * panel_bytes, task.y.view, first, rows, 0, panels_y, alive, static_cast<const T*>(nullptr));
+      copy_rows<T, false, 0>(to, task.x.view, first, rows, 0, panels_x, left >= rows, alive, static_cast<const T*>(nullptr));
+      copy_rows<T, false, 0>(to + panels_x * panel_bytes, task.y.view, first, rows, 0, panels_y, left >= rows, alive, static_cast<const T*>(nullptr));
     }
     device::copy_commit();
     next += gridDim.x, slot = slot == kGradientStages - 1 ? 0 : slot + 1;
@@ -144,19 +156,16 @@ __global__ void __launch_bounds__(256, 1) gradients(GradientsTask task) {
     issue();
     const unsigned char* x = ring + slot * shared.slot + group * kJobRows * kRowBytes;
     const unsigned char* y = x + panels_x * panel_bytes;
-    const int64_t row = tile * rows + group * kJobRows + lane / 4;
-    if (group >= jobs.groups) continue;
+    const int64_t row = idle ? task.n : tile * rows + group * kJobRows + lane / 4;
     float weight[4];
 #pragma unroll
     for (int r = 0; r < 4; ++r) weight[r] = !task.weight ? 1.0f : row + 8 * r < task.n ? task.weight[(row + 8 * r) * task.weight_stride] : 0.0f;
     Product total = {};
-    if (for_x) {
+    if (for_x)
       multiply_rows<T, false>(total, y, panel_bytes, panels_y, operand + block * kGradientFeatures * kRowBytes, task.x.padded * kRowBytes);
-      store_rows<T>(task.x, total, x + block * panel_bytes, block * kGradientFeatures, weight, row, task.n, unit);
-    } else {
+    else
       multiply_rows<T, true>(total, x, panel_bytes, panels_x, operand + block * task.x.padded * kRowBytes, kPanel<T> * kRowBytes);
-      store_rows<T>(task.y, total, y + block * panel_bytes, block * kGradientFeatures, weight, row, task.n, unit);
-    }
+    store_rows<T>(result, total, (for_x ? x : y) + block * panel_bytes, weight, row, task.n, unit);
   }
 }
 

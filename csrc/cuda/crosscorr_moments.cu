@@ -9,7 +9,7 @@ constexpr int64_t kMultiprocessors = 132;  // of an H100 or H200; a constant, so
 template <class T, class F>
 auto with_shape(int64_t d1, int64_t d2, const F& f) {
   if constexpr (sizeof(T) == 4) {
-    if (d1 <= 64) return f(Shape<T, 2, 2, 2, 4, 4, 3>());
+    if (d1 <= 64) return f(Shape<T, 2, 2, 2, 4, 4, 2>());
     return f(Shape<T, 2, 2, 4, 4, 3, 2>());
   } else {
     if (d1 <= 64 && d2 <= 64) return f(Shape<T, 2, 2, 2, 4, 4, 3>());

@@ -70,7 +70,8 @@ __device__ __forceinline__ void add_step(Totals<S>& total, const Pivots<S>& pivo
                                   ((chunk ^ row ^ (first % kPanel<T> / 8)) << 4));
   };
   const auto a = at(0, place.x, tile >> 1, tile & 1), b = at(S::kPanelsX, place.y, tile & 1, tile >> 1);
-#pragma unroll
+  constexpr int kUnroll = kWeighted ? 1 : 2;  // its registers are few
+#pragma unroll kUnroll
   for (int k = 0; k < kStepRows / 16; ++k) {
     uint32_t x[S::kM][4];
     float2 w[2];
@@ -130,7 +131,7 @@ __device__ __forceinline__ void add_rows(Totals<S>& total, const Pivots<S>& pivo
   const auto value = [way](const unsigned char* from, int k, int r) {
     return *reinterpret_cast<const float*>(from + (way ^ (k % 4 << 5)) + k / 4 * S::kPanelBytes + r * kRowBytes);
   };
-#pragma unroll
+#pragma unroll 1
   for (int k = 0; k < kStepRows / 8; ++k) {
     Split x[S::kM][4];
     const float w[2] = {kWeighted ? weights[8 * k + t] : 1.0f, kWeighted ? weights[8 * k + 4 + t] : 1.0f};
@@ -176,7 +177,7 @@ class Rows {
   using T = typename S::T;
 
  public:
-  __device__ __forceinline__ Rows(const MomentsTask& task, int64_t first, int64_t last, int x, int y, float unit)
+  __device__ __forceinline__ Rows(const MomentsTask& task, int first, int last, int x, int y, float unit)
       : task_(task), next_(first), last_(last), x_(x), y_(y), per_unit_(1 / unit) {
     read_weight();
     for (int stage = 0; stage < S::kStages - 1; ++stage) issue();
@@ -191,7 +192,7 @@ class Rows {
   }
 
  private:
-  __device__ __forceinline__ int64_t row() const { return next_ * kStepRows + threadIdx.x % 32; }
+  __device__ __forceinline__ int64_t row() const { return next_ * int64_t(kStepRows) + threadIdx.x % 32; }
   __device__ __forceinline__ void read_weight() {
     weight_ = 0;
     if (next_ < last_ && row() < task_.n) weight_ = kWeighted ? task_.weight[row() * task_.weight_stride] : 1;
@@ -205,8 +206,8 @@ class Rows {
       if (kWeighted && threadIdx.x < kStepRows)
         reinterpret_cast<float*>(to + S::kSlotBytes - kRowBytes)[threadIdx.x] = weight_ * per_unit_;
       const T *pivot_x = static_cast<const T*>(task_.pivot_x), *pivot_y = static_cast<const T*>(task_.pivot_y);
-      copy_rows<T, true, S::kThreads>(to, task_.x, next_ * kStepRows, kStepRows, x_, S::kPanelsX, alive, pivot_x);
-      copy_rows<T, true, S::kThreads>(to + S::kPanelsX * S::kPanelBytes, task_.y, next_ * kStepRows, kStepRows, y_, S::kPanelsY, alive, pivot_y);
+      copy_rows<T, true, S::kThreads>(to, task_.x, next_ * int64_t(kStepRows), kStepRows, x_, S::kPanelsX, mask == ~0u, alive, pivot_x);
+      copy_rows<T, true, S::kThreads>(to + S::kPanelsX * S::kPanelBytes, task_.y, next_ * int64_t(kStepRows), kStepRows, y_, S::kPanelsY, mask == ~0u, alive, pivot_y);
       ++next_;
       read_weight();
     }
@@ -215,8 +216,7 @@ class Rows {
   }
 
   const MomentsTask& task_;
-  int64_t next_, last_;
-  int x_, y_, offset_ = 0;
+  int next_, last_, x_, y_, offset_ = 0;
   float per_unit_, weight_;
 };
 
@@ -224,8 +224,8 @@ template <class S, bool kWeighted>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks) moments(MomentsTask task) {
   using T = typename S::T;
   const int tiles = task.tiles_x * task.tiles_y, tile_x = blockIdx.x % tiles / task.tiles_y, tile_y = blockIdx.x % task.tiles_y;
-  const int64_t split = blockIdx.x / tiles, all = (task.n + kStepRows - 1) / kStepRows;
-  const int64_t first = split * task.steps, last = first + task.steps < all ? first + task.steps : all;
+  const int split = blockIdx.x / tiles, all = int((task.n + kStepRows - 1) / kStepRows), first = split * task.steps;
+  const int last = first + task.steps < all ? first + task.steps : all;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_x = warp / S::kWarpsY, warp_y = warp % S::kWarpsY;
   const Place place{warp_x * 16 * S::kM, warp_y * 8 * S::kN, tile_y == 0 ? warp_y : -1, tile_x == 0 ? warp_x : -1};
   const int x_first = tile_x * S::kFeaturesX, y_first = tile_y * S::kFeaturesY;
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) moments(MomentsTask t
   const Pivots<S> pivots(task, x_first + place.x, y_first + place.y);
   Totals<S> total{};
   Rows<S, kWeighted> rows(task, first, last, x_first, y_first, unit);
-  for (int64_t step = first; step < last; ++step) {
+  for (int step = first; step < last; ++step) {
     const unsigned char* slot = rows.next();
     const float* weights = reinterpret_cast<const float*>(slot + S::kSlotBytes - kRowBytes);
     if constexpr (sizeof(T) == 2) {
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) moments(MomentsTask t
   }
 
   const int64_t d1 = task.x.d, d2 = task.y.d;
-  float *product = task.parts + split * (d1 * d2 + 2 * (d1 + d2)), *sum_x = product + d1 * d2, *sum_y = sum_x + d1, *square_x = sum_y + d2, *square_y = square_x + d1;
+  float *product = task.parts + int64_t(split) * (d1 * d2 + 2 * (d1 + d2)), *sum_x = product + d1 * d2, *sum_y = sum_x + d1, *square_x = sum_y + d2, *square_y = square_x + d1;
   const int64_t x = x_first + place.x + lane / 4, y = y_first + place.y + lane / 4;
 #pragma unroll
   for (int m = 0; m < S::kM; ++m)

@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kStreamedThreads, 2) streamed(GradientsTask ta
     if (next < panels) {
       unsigned char* to = device::shared_memory() + slot * kStreamedSlot;
       const T* const kept = nullptr;
-      copy_rows<T, false, kStreamedThreads>(to, other.view, first, kStreamedRows, next * kPanel<T>, 1, alive, kept);
-      copy_rows<T, false, kStreamedThreads>(to + kStreamedRows * kRowBytes, g, slice, kGradientFeatures, next * kPanel<T>, 1, all, kept);
+      copy_rows<T, false, kStreamedThreads>(to, other.view, first, kStreamedRows, next * kPanel<T>, 1, left >= kStreamedRows, alive, kept);
+      copy_rows<T, false, kStreamedThreads>(to + kStreamedRows * kRowBytes, g, slice, kGradientFeatures, next * kPanel<T>, 1, true, all, kept);
     }
     device::copy_commit();
     ++next, slot = slot == 2 ? 0 : slot + 1;
@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kStreamedThreads, 2) streamed(GradientsTask ta
           const int feature = slice + warp_own + 8 * n + lane % 4 * 2 + i;
           if (feature >= own.view.d) continue;
           const float value = own.view(row, feature) - (sizeof(T) == 4 ? own.pivot[feature] : 0.0f);
-          store(own.view, own.grad, row * own.view.d + feature, affine(own.constant[feature], own.slope[feature], value, unit, total[m][n][2 * h + i], weight));
+          const float gradient = affine(own.constant[feature], own.slope[feature], value, unit, total[m][n][2 * h + i], weight);
+          store(own.view, own.grad, row * own.view.d + feature, weight == 0 ? 0.0f : gradient);
         }
     }
 }

@@ -18,8 +18,9 @@ struct MomentsTask {
   const float* largest;         // [kParts] of the weights
   const void *pivot_x, *pivot_y;  // [d] in the form's type
   float* parts;                 // [splits, D1 D2 + 2 (D1 + D2)]: product, sums and squares of x and y in the order of the op
-  int64_t n, steps;             // of kStepRows rows, to a split
-  int splits, tiles_x, tiles_y;
+  int64_t n;
+  int splits, steps;            // of kStepRows rows, to a split
+  int tiles_x, tiles_y;
 };
 
 struct Tiling {

@@ -41,26 +41,35 @@ __device__ __forceinline__ int swizzle(int row) {
 }
 
 // `rows` rows (32, 64 or 128) from `row` on and features from `first` on into panels, those past the view's as 0. Rows where alive(r) is false are
-// `dead` [d], or stay what they were where that is nullptr. kAcross: the panels are read along the rows. kThreads: 0 where the launch says. Copies are to be committed and awaited.
+// `dead` [d], or stay what they were where that is nullptr; whole: none is. kAcross: the panels are read along the rows. kThreads: 0 where the launch
+// says. Copies are to be committed and awaited.
 template <class T, bool kAcross, int kThreads, class Alive>
-__device__ __forceinline__ void copy_rows(unsigned char* to, const View& view, int64_t row, int rows, int first, int panels, const Alive& alive,
-                                          const T* dead) {
+__device__ __forceinline__ void copy_rows(unsigned char* to, const View& view, int64_t row, int rows, int first, int panels, bool whole,
+                                          const Alive& alive, const T* dead) {
   const int threads = kThreads ? kThreads : int(blockDim.x);
+  const int chunk = threadIdx.x % 8, step = threads / 8, feature = first + chunk * (16 / int(sizeof(T)));
+  const T* from = static_cast<const T*>(view.data) + row * view.row_stride + feature;
+  if (view.direct && whole && first + panels * kPanel<T> <= view.d) {
+    for (int r = threadIdx.x / 8; r < rows; r += step) {
+      unsigned char* const at = to + r * kRowBytes + ((chunk ^ swizzle<T, kAcross>(r)) << 4);
+      const T* const values = from + r * view.row_stride;
+#pragma unroll 4
+      for (int panel = 0; panel < panels; ++panel) device::copy_async(at + panel * rows * kRowBytes, values + panel * kPanel<T>);
+    }
+    return;
+  }
+  device::rarely();
   if (view.direct) {
-    const int chunk = threadIdx.x % 8, step = threads / 8;
-    const T* from = static_cast<const T*>(view.data) + row * view.row_stride + first + chunk * (16 / int(sizeof(T)));
-    for (int panel = 0; panel < panels; ++panel, to += rows * kRowBytes, from += kPanel<T>) {
-      const int feature = first + panel * kPanel<T> + chunk * (16 / int(sizeof(T)));
+    for (int panel = 0; panel < panels; ++panel)
       for (int r = threadIdx.x / 8; r < rows; r += step) {
-        uint4* at = reinterpret_cast<uint4*>(to + r * kRowBytes + ((chunk ^ swizzle<T, kAcross>(r)) << 4));
-        if (feature >= view.d)
+        uint4* const at = reinterpret_cast<uint4*>(to + (panel * rows + r) * kRowBytes + ((chunk ^ swizzle<T, kAcross>(r)) << 4));
+        if (feature + panel * kPanel<T> >= view.d)
           *at = uint4{};
         else if (alive(r))
-          device::copy_async(at, from + r * view.row_stride);
+          device::copy_async(at, from + r * view.row_stride + panel * kPanel<T>);
         else if (dead)
-          *at = *reinterpret_cast<const uint4*>(dead + feature);
+          *at = *reinterpret_cast<const uint4*>(dead + feature + panel * kPanel<T>);
       }
-    }
     return;
   }
   // Lanes along what lies together; eight values a thread are under way at once, which divides a panel.
