@@ -22,7 +22,7 @@ struct Shape {
   static constexpr int kSlotBytes = (kPanelsX + kPanelsY) * kPanelBytes + kRowBytes;  // and the weights
   static constexpr int kSharedBytes = kStages * kSlotBytes;
   static constexpr int kSumsX = kM / kWarpsY, kSumsY = kN / kWarpsX;  // 16 and 8 features whose sums are a warp's
-  static_assert(kM % kWarpsY == 0 && kN % kWarpsX == 0);
+  static_assert(kM % kWarpsY == 0 && kN % (2 * kWarpsX) == 0);
 };
 
 // What a lane has of its warp's tile, and of sums and squares.
@@ -60,6 +60,14 @@ struct Pivots {  // of the lane's features: two of one 16-bit value, or float32
   }
 };
 
+template <class T, bool kWeighted>
+__device__ __forceinline__ void add_pair(float& sum, float& square, uint32_t pair, float2 w) {
+  const float2 u = unpack<T>(pair);
+  const float2 wu = kWeighted ? float2{u.x * w.x, u.y * w.y} : u;
+  sum += wu.x, sum += wu.y;                    // (crosscorr.3)
+  square += wu.x * u.x, square += wu.y * u.y;  // (crosscorr.4)
+}
+
 // One step of 16-bit rows.
 template <class S, bool kWeighted>
 __device__ __forceinline__ void add_step(Totals<S>& total, const Pivots<S>& pivots, const unsigned char* slot, const float* weights, const Place& place) {
@@ -74,48 +82,50 @@ __device__ __forceinline__ void add_step(Totals<S>& total, const Pivots<S>& pivo
 #pragma unroll kUnroll
   for (int k = 0; k < kStepRows / 16; ++k) {
     uint32_t x[S::kM][4];
-    float2 w[2];
+    float2 w[2] = {};
     if (kWeighted)
       for (int h = 0; h < 2; ++h) w[h] = *reinterpret_cast<const float2*>(weights + 16 * k + 8 * h + lane % 4 * 2);
 #pragma unroll
     for (int m = 0; m < S::kM; ++m) {
       device::load_tiles<true>(x[m], (a ^ (m << 5)) + k * 16 * kRowBytes);
-      const bool mine = m / S::kSumsX == place.share_x;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[m][i] = device::subtract(x[m][i], pivots.x[m][i % 2], T());  // (crosscorr.1)
-        if (!kWeighted && !mine) continue;
-        const float2 u = unpack<T>(x[m][i]);
-        float2 wu = u;
-        if (kWeighted) wu = {u.x * w[i / 2].x, u.y * w[i / 2].y}, x[m][i] = device::pack(wu.x, wu.y, T());
-        if (!mine) continue;
-        float &sum = total.sum_x[m % S::kSumsX][i % 2], &square = total.square_x[m % S::kSumsX][i % 2];
-        sum += wu.x, sum += wu.y;  // (crosscorr.3)
-        square += wu.x * u.x, square += wu.y * u.y;  // (crosscorr.4)
-      }
+      for (int i = 0; i < 4; ++i) x[m][i] = device::subtract(x[m][i], pivots.x[m][i % 2], T());  // (crosscorr.1)
     }
+#pragma unroll
+    for (int share = 0; share < S::kWarpsY; ++share)
+      if (share == place.share_x) {
+#pragma unroll
+        for (int m = 0; m < S::kSumsX; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            add_pair<T, kWeighted>(total.sum_x[m][i % 2], total.square_x[m][i % 2], x[share * S::kSumsX + m][i], w[i / 2]);
+      }
+    if (kWeighted)
+#pragma unroll
+      for (int m = 0; m < S::kM; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 u = unpack<T>(x[m][i]);
+          x[m][i] = device::pack(u.x * w[i / 2].x, u.y * w[i / 2].y, T());
+        }
 #pragma unroll
     for (int pair = 0; pair < S::kN / 2; ++pair) {
       uint32_t y[4];
       device::load_tiles<true>(y, (b ^ (pair << 5)) + k * 16 * kRowBytes);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int n = 2 * pair + half;
+      for (int i = 0; i < 4; ++i) y[i] = device::subtract(y[i], pivots.y[2 * pair + i / 2], T());
+      if (2 * pair / S::kSumsY == place.share_y) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint32_t& v2 = y[2 * half + i];
-          v2 = device::subtract(v2, pivots.y[n], T());
-          if (n / S::kSumsY != place.share_y) continue;
-          const float2 v = unpack<T>(v2);
-          float2 wv = v;
-          if (kWeighted) wv = {v.x * w[i].x, v.y * w[i].y};
-          float &sum = total.sum_y[n % S::kSumsY], &square = total.square_y[n % S::kSumsY];
-          sum += wv.x, sum += wv.y;
-          square += wv.x * v.x, square += wv.y * v.y;
+        for (int i = 0; i < 4; ++i) {
+          const int n = (2 * pair + i / 2) % S::kSumsY;
+          add_pair<T, kWeighted>(total.sum_y[n], total.square_y[n], y[i], w[i % 2]);
         }
-#pragma unroll
-        for (int m = 0; m < S::kM; ++m) device::multiply(total.product[m][n], x[m], {y[2 * half], y[2 * half + 1]}, T());  // (crosscorr.5)
       }
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int m = 0; m < S::kM; ++m)
+          device::multiply(total.product[m][2 * pair + half], x[m], {y[2 * half], y[2 * half + 1]}, T());  // (crosscorr.5)
     }
   }
 }

@@ -50,10 +50,12 @@ __device__ __forceinline__ void copy_rows(unsigned char* to, const View& view, i
   const int chunk = threadIdx.x % 8, step = threads / 8, feature = first + chunk * (16 / int(sizeof(T)));
   const T* from = static_cast<const T*>(view.data) + row * view.row_stride + feature;
   if (view.direct && whole && first + panels * kPanel<T> <= view.d) {
-    for (int r = threadIdx.x / 8; r < rows; r += step) {
+#pragma unroll
+    for (int base = 0; base < rows; base += step) {
+      const int r = base + threadIdx.x / 8;
       unsigned char* const at = to + r * kRowBytes + ((chunk ^ swizzle<T, kAcross>(r)) << 4);
       const T* const values = from + r * view.row_stride;
-#pragma unroll 4
+#pragma unroll
       for (int panel = 0; panel < panels; ++panel) device::copy_async(at + panel * rows * kRowBytes, values + panel * kPanel<T>);
     }
     return;
