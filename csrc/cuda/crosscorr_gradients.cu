@@ -15,7 +15,8 @@ static void launch_form(const Launch& launch, const GradientsTask& task) {
       const Shared shared(task, jobs.rows());
       // Rows are a block's own: their number changes no bit.
       if (shared.all <= launch.shared_limit())
-        return launch("crosscorr gradients", &gradients<T>, std::min<int64_t>(tiles, 2 * launch.multiprocessors()), jobs.threads, shared.all, task);
+        return launch("crosscorr gradients", task.weight ? &gradients<T, true> : &gradients<T, false>,
+                      std::min<int64_t>(tiles, 2 * launch.multiprocessors()), jobs.threads, shared.all, task);
     }
   }
   for (const bool for_x : {true, false}) {

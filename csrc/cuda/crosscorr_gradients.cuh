@@ -71,12 +71,26 @@ struct Result {
   int d, left;                    // features of a row; from the first on
 };
 
-// Two lanes exchange what makes four neighbours of each, so that rows are written in whole 32 bytes.
-template <class T>
-__device__ __forceinline__ void store_rows(const Result& to, const Product& total, const unsigned char* own, const float (&weight)[4], int64_t row,
-                                           int64_t n, float unit) {
-  const int lane = threadIdx.x % 32, t = lane % 4;
+using Own = uint32_t[4][kGradientFeatures / 8];
+
+// What a lane has of its view's values where it has the product: of row 8 r + lane / 4, two neighbours.
+__device__ __forceinline__ void load_own(Own& own, const unsigned char* from) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < 4; ++r)
+#pragma unroll
+    for (int n = 0; n < kGradientFeatures / 8; ++n)
+      own[r][n] = *reinterpret_cast<const uint32_t*>(from + (8 * r + lane / 4) * kRowBytes + ((n ^ (lane / 4)) << 4) + lane % 4 * 4);
+}
+
+// Rows from `row` on, the lane's first; none from n on. Two lanes exchange what makes four neighbours of each, so that rows are written in whole 32 bytes.
+template <class T, bool kWeighted>
+__device__ __forceinline__ void store_rows(const GradientsTask& task, const Result& to, const Product& total, const Own& own, int64_t row, float unit) {
+  const int t = threadIdx.x % 4;
   const bool odd = t % 2;
+  float weight[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) weight[r] = !kWeighted ? 1.0f : row + 8 * r < task.n ? task.weight[(row + 8 * r) * task.weight_stride] : 0.0f;
 #pragma unroll
   for (int pair = 0; pair < kGradientFeatures / 16; ++pair) {
     float2 c[2], s[2];
@@ -91,13 +105,12 @@ __device__ __forceinline__ void store_rows(const Result& to, const Product& tota
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* sum = &total[r / 2][2 * pair + half][r % 2 * 2];
-        const int chunk = (2 * pair + half) ^ (lane / 4);
-        const float2 value = unpack<T>(*reinterpret_cast<const uint32_t*>(own + (8 * r + lane / 4) * kRowBytes + chunk * 16 + 4 * t));
+        const float2 value = unpack<T>(own[r][2 * pair + half]);
         out[half] = device::pack(affine(c[half].x, s[half].x, value.x, unit, sum[0], weight[r]),
                                  affine(c[half].y, s[half].y, value.y, unit, sum[1], weight[r]), T());
-        if (weight[r] == 0) out[half] = 0;
+        if (kWeighted && weight[r] == 0) out[half] = 0;
       }
-      const bool present = row + 8 * r < n;
+      const bool present = row + 8 * r < task.n;
       uint16_t* const first = static_cast<uint16_t*>(to.grad) + (row + 8 * r) * to.d;
       const uint32_t theirs = device::shuffle_xor(odd ? out[0] : out[1], 1), mine = odd ? out[1] : out[0];
       if (to.d % 4 == 0) {
@@ -113,7 +126,7 @@ __device__ __forceinline__ void store_rows(const Result& to, const Product& tota
   }
 }
 
-template <class T>
+template <class T, bool kWeighted>
 __global__ void __launch_bounds__(256, 1) gradients(GradientsTask task) {
   const Jobs jobs(task);
   const int rows = jobs.rows(), panel_bytes = rows * kRowBytes, panels_x = task.x.padded / kPanel<T>, panels_y = task.y.padded / kPanel<T>;
@@ -121,7 +134,9 @@ __global__ void __launch_bounds__(256, 1) gradients(GradientsTask task) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, job = warp % jobs.count();
   const bool idle = warp / jobs.count() >= jobs.groups;  // it does what another does and stores nothing
   const int group = idle ? 0 : warp / jobs.count();
-  const bool for_x = job < jobs.of_x;
+  const bool for_x = device::ballot(job < jobs.of_x) != 0;  // by vote, which the compiler knows to be one for the warp
+  // Of the two warps that share a scheduler one stores its rows a tile late, while the other multiplies.
+  const bool late = device::ballot(jobs.threads == 256 && warp < 4) != 0;
   const int block = for_x ? job : job - jobs.of_x;  // of own features
   unsigned char *const operand = device::shared_memory(), *const ring = operand + shared.operand;
   const float unit = power_of_two(task.largest) / task.top;
@@ -150,23 +165,27 @@ __global__ void __launch_bounds__(256, 1) gradients(GradientsTask task) {
     next += gridDim.x, slot = slot == kGradientStages - 1 ? 0 : slot + 1;
   };
   for (int stage = 0; stage < kGradientStages - 1; ++stage) issue();
+  Product total = {};
+  Own own = {};
+  int64_t row = task.n;
   for (int64_t tile = blockIdx.x; tile * rows < task.n; tile += gridDim.x) {
     device::copy_wait<kGradientStages - 2>();
     __syncthreads();
     issue();
+    if (late) store_rows<T, kWeighted>(task, result, total, own, row, unit);
+#pragma unroll
+    for (int i = 0; i < int(sizeof(total) / 4); ++i) (&total[0][0][0])[i] = 0;
     const unsigned char* x = ring + slot * shared.slot + group * kJobRows * kRowBytes;
     const unsigned char* y = x + panels_x * panel_bytes;
-    const int64_t row = idle ? task.n : tile * rows + group * kJobRows + lane / 4;
-    float weight[4];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) weight[r] = !task.weight ? 1.0f : row + 8 * r < task.n ? task.weight[(row + 8 * r) * task.weight_stride] : 0.0f;
-    Product total = {};
+    row = idle ? task.n : tile * rows + group * kJobRows + lane / 4;
     if (for_x)
       multiply_rows<T, false>(total, y, panel_bytes, panels_y, operand + block * kGradientFeatures * kRowBytes, task.x.padded * kRowBytes);
     else
       multiply_rows<T, true>(total, x, panel_bytes, panels_x, operand + block * task.x.padded * kRowBytes, kPanel<T> * kRowBytes);
-    store_rows<T>(result, total, (for_x ? x : y) + block * panel_bytes, weight, row, task.n, unit);
+    load_own(own, (for_x ? x : y) + block * panel_bytes);
+    if (!late) store_rows<T, kWeighted>(task, result, total, own, row, unit);
   }
+  if (late) store_rows<T, kWeighted>(task, result, total, own, row, unit);
 }
 
 }  // namespace pix2rep::crosscorr

@@ -216,8 +216,10 @@ class Rows {
       if (kWeighted && threadIdx.x < kStepRows)
         reinterpret_cast<float*>(to + S::kSlotBytes - kRowBytes)[threadIdx.x] = weight_ * per_unit_;
       const T *pivot_x = static_cast<const T*>(task_.pivot_x), *pivot_y = static_cast<const T*>(task_.pivot_y);
-      copy_rows<T, true, S::kThreads>(to, task_.x, next_ * int64_t(kStepRows), kStepRows, x_, S::kPanelsX, mask == ~0u, alive, pivot_x);
-      copy_rows<T, true, S::kThreads>(to + S::kPanelsX * S::kPanelBytes, task_.y, next_ * int64_t(kStepRows), kStepRows, y_, S::kPanelsY, mask == ~0u, alive, pivot_y);
+      const int64_t row = next_ * int64_t(kStepRows);
+      const bool whole = mask == ~0u;
+      copy_rows<T, true, S::kThreads>(to, task_.x, row, kStepRows, x_, S::kPanelsX, whole, alive, pivot_x);
+      copy_rows<T, true, S::kThreads>(to + S::kPanelsX * S::kPanelBytes, task_.y, row, kStepRows, y_, S::kPanelsY, whole, alive, pivot_y);
       ++next_;
       read_weight();
     }
@@ -258,7 +260,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) moments(MomentsTask t
   }
 
   const int64_t d1 = task.x.d, d2 = task.y.d;
-  float *product = task.parts + int64_t(split) * (d1 * d2 + 2 * (d1 + d2)), *sum_x = product + d1 * d2, *sum_y = sum_x + d1, *square_x = sum_y + d2, *square_y = square_x + d1;
+  float* const product = task.parts + int64_t(split) * (d1 * d2 + 2 * (d1 + d2));
+  float *const sum_x = product + d1 * d2, *const sum_y = sum_x + d1, *const square_x = sum_y + d2, *const square_y = square_x + d1;
   const int64_t x = x_first + place.x + lane / 4, y = y_first + place.y + lane / 4;
 #pragma unroll
   for (int m = 0; m < S::kM; ++m)
