@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-from crosscorr_helpers import DEVICE, GPU, both, compare, laid_out, ours, views, weights
+from crosscorr_helpers import DEVICE, EVERY, GPU, both, compare, laid_out, ours, views, weights
 from pix2rep_kernels.ops.crosscorr import moments
-from pix2rep_kernels.testing import backends, error
+from pix2rep_kernels.testing import error
 from sweep import FULL
 
-AVAILABLE = "cuda" in backends("crosscorr", "cuda" if GPU else "cpu")
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="neither _C_cuda on a GPU nor _C_emulated (PIX2REP_BUILD=emulate) is here")
+pytestmark = pytest.mark.skipif("cuda" not in EVERY, reason="neither _C_cuda on a GPU nor _C_emulated (PIX2REP_BUILD=emulate) is here")
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 # Tiles of the moments are 64 x 64, 128 x 128 and 256 x 128 features, 64 x 64 and 128 x 64 in float32, and take 32 rows; gradients take 64 features, all of
