@@ -27,12 +27,8 @@ CHOICES = ("auto", *BACKENDS)
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 # (op, backend) that does not exist, and why. Everything else does: `tests/test_names.py` holds it.
-_NOT_YET = "the CUDA C++ kernel is not written yet; the Triton kernel serves CUDA tensors"
 _TRITON_SERVES = "the Triton kernel serves CUDA tensors; C++ would have to beat it in a measurement first"
-ABSENT = {
-    ("crosscorr", "cuda"): _NOT_YET,
-    **{(op, "cuda"): _TRITON_SERVES for op in ("joint", "lncc", "align")},
-}
+ABSENT = {(op, "cuda"): _TRITON_SERVES for op in ("joint", "lncc", "align")}
 
 
 def interpreted() -> bool:

@@ -9,9 +9,12 @@ from pix2rep_kernels.ops.crosscorr import correlation, moments
 from pix2rep_kernels.reference import crosscorr as reference
 from pix2rep_kernels.testing import backends, error, poisoned, tolerance
 
-FAST = [b for b in backends("crosscorr") if b != "triton" or torch.cuda.is_available()]  # interpreted kernels have a table of their own
-CPU = [b for b in FAST if b != "triton"]
-DEVICE = {b: "cuda" if b in ("triton", "cuda") and torch.cuda.is_available() else "cpu" for b in backends("crosscorr")}
+GPU = torch.cuda.is_available()
+EVERY = list(dict.fromkeys([*backends("crosscorr"), *(backends("crosscorr", "cuda") if GPU else ())]))
+SMALL = [b for b in EVERY if b in ("triton", "cuda") and not GPU]  # interpreted and emulated kernels have a table of their own
+FAST = [b for b in EVERY if b not in SMALL]
+CPU = [b for b in FAST if b not in ("triton", "cuda")]
+DEVICE = {b: "cuda" if b in ("triton", "cuda") else "cpu" for b in EVERY} if GPU else dict.fromkeys(EVERY, "cpu")
 NORMALIZATIONS = ("batchnorm", "std", "none")
 
 
@@ -65,16 +68,26 @@ def ours(backend):
         weight = None if weight is None else weight.to(device)
         return crosscorr(x.to(device), y.to(device), weight=weight, normalization=normalization, backend=backend).cpu()
 
+    run.device = DEVICE[backend]
     return run
+
+
+def placed(x, device):
+    """The same numbers in the same strides on `device`; `.to` closes gaps."""
+    if device == "cpu":
+        return x
+    whole = x.detach().as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return whole.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def both(function, x, y, upstream, needs=(True, True), **options):
     """C and the gradients that are asked for."""
-    x, y = (t.detach().requires_grad_(need) for t, need in zip((x, y), needs, strict=True))
+    device = getattr(function, "device", "cpu")
+    x, y = (placed(t, device).detach().requires_grad_(need) for t, need in zip((x, y), needs, strict=True))
     c = function(x, y, **options)
     if any(needs):
         c.backward(upstream.to(c.dtype))
-    return [c.detach(), *(t.grad for t, need in zip((x, y), needs, strict=True) if need)]
+    return [c.detach(), *(t.grad.cpu() for t, need in zip((x, y), needs, strict=True) if need)]
 
 
 def rounding(x, y, upstream, weight, normalization, truth):
@@ -106,7 +119,7 @@ def compare(backend, x, y, weight=None, normalization="batchnorm", needs=(True, 
     upstream = torch.randn(x.shape[1], y.shape[1], dtype=torch.float64)
     truth = both(pytorch, x.double(), y.double(), upstream, **options)
     wide = torch.float64 in (x.dtype, y.dtype)
-    narrow = backend == "triton" and x.dtype == y.dtype and x.dtype != torch.float32  # products of 16-bit operands
+    narrow = backend in ("triton", "cuda") and x.dtype == y.dtype and x.dtype != torch.float32  # products of 16-bit operands
     working = x.dtype if narrow else torch.float32
     eager = both(pytorch, x.to(working), y.to(working), upstream, **options)
     eps = torch.finfo(working).eps

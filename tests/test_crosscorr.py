@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crosscorr_helpers import CPU, DEVICE, FAST, NORMALIZATIONS, both, compare, laid_out, ours, pytorch, views, weights
+from crosscorr_helpers import CPU, DEVICE, EVERY, FAST, NORMALIZATIONS, SMALL, both, compare, laid_out, ours, pytorch, views, weights
 from pix2rep_kernels import crosscorr
 from pix2rep_kernels.ops.crosscorr import moments
-from pix2rep_kernels.testing import backends, error
+from pix2rep_kernels.testing import error
 from sweep import FULL
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of NaN and inf in the interpreter
@@ -28,7 +28,7 @@ def test_values_and_gradients(backend, normalization):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("backend", FAST)
 def test_precisions(backend, dtype):
-    if dtype == torch.float64 and backend == "triton":
+    if dtype == torch.float64 and backend in ("triton", "cuda"):
         pytest.skip("float64 runs on the backends reference and cpu only")
     for layout, weight, d1, other in itertools.product(("rows", "planes"), ("none", "numbers"), (9, 32), (dtype, torch.float32)):
         compare(backend, *views(200, d1, 64, dtype, other, layout), weights(weight, 200))
@@ -74,7 +74,7 @@ def test_strides(backend):
     assert error(got, truth) < 1e-5
 
 
-TRITON_CASES = [
+SMALL_CASES = [
     *({"shape": (40, 5, 33), "weight": w, "normalization": n} for w in ("none", "mask", "numbers") for n in NORMALIZATIONS),
     *({"shape": (70, 17, 40), "dtype": t, "weight": w} for t in (torch.float16, torch.bfloat16) for w in ("none", "numbers")),
     *({"shape": (70, 17, 20), "layout": layout, "weight": "mask"} for layout in ("planes", "wide", "offset")),
@@ -90,18 +90,18 @@ TRITON_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif("triton" not in backends("crosscorr"), reason="triton does not run here")
-@pytest.mark.parametrize("case", TRITON_CASES, ids=lambda case: "-".join(str(v) for v in case.values()).replace("torch.", ""))
-def test_triton(case):
+@pytest.mark.parametrize("backend", SMALL)
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: "-".join(str(v) for v in case.values()).replace("torch.", ""))
+def test_small(backend, case):
     n, d1, d2 = case["shape"]
     x, y = views(n, d1, d2, case.get("dtype", torch.float32), case.get("dtype_y"), case.get("layout", "rows"))
-    compare("triton", x, y, weights(case.get("weight", "none"), n), case.get("normalization", "batchnorm"), case.get("needs", (True, True)))
+    compare(backend, x, y, weights(case.get("weight", "none"), n), case.get("normalization", "batchnorm"), case.get("needs", (True, True)))
 
 
 # Edges
 
 
-@pytest.mark.parametrize("backend", backends("crosscorr"))
+@pytest.mark.parametrize("backend", EVERY)
 def test_nothing_counts(backend):
     """No rows, no features, or every row of weight 0, whatever it holds: zeros, and gradients of zeros."""
     for n, d1, d2 in ((0, 3, 4), (5, 0, 4), (5, 3, 0), (0, 0, 0), (5, 3, 4)):
@@ -115,13 +115,13 @@ def test_nothing_counts(backend):
             assert g.shape == t.shape and (n > 0 and weight is None or g.count_nonzero() == 0) and g.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", backends("crosscorr"))
+@pytest.mark.parametrize("backend", EVERY)
 def test_one_row(backend):
     c, *grads = both(ours(backend), *views(1, 3, 4), torch.randn(3, 4))
     assert c.abs().max() == 0 and all(g.abs().max() == 0 for g in grads)
 
 
-@pytest.mark.parametrize("backend", backends("crosscorr"))
+@pytest.mark.parametrize("backend", EVERY)
 def test_special_values(backend):
     """NaN and inf of a row that counts reach its row and column of C and every gradient that depends on it; those of a row left out reach nothing."""
     for bad, weight in itertools.product((math.nan, math.inf, -math.inf), ("none", "mask")):
@@ -145,7 +145,7 @@ def test_special_values(backend):
             assert all(g[~w].count_nonzero() == 0 and g.isfinite().all() for g in got[1:])
 
 
-@pytest.mark.parametrize("backend", backends("crosscorr"))
+@pytest.mark.parametrize("backend", EVERY)
 def test_dead_columns(backend):
     """Variance 0: the row of C is 0 within eps, the gradient finite, as in PyTorch."""
     x, y = views(33, 4, 5)
@@ -172,7 +172,7 @@ def test_equals_batch_norm(backend):
     assert error([pytorch(x.double(), y.double())], [standard[0].T @ standard[1] / 513]) < 1e-14
 
 
-@pytest.mark.parametrize("backend", backends("crosscorr"))
+@pytest.mark.parametrize("backend", EVERY)
 def test_one_view_twice(backend):
     """C_ii = var_i / (var_i + eps)."""
     x, _ = views(100, 6, 1)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.harness import peak_mib
-from crosscorr_helpers import CPU, FAST, both, ours, views, weights
+from crosscorr_helpers import CPU, DEVICE, EVERY, FAST, both, ours, views, weights
 from pix2rep_kernels import crosscorr
 from pix2rep_kernels.ops.crosscorr import moments
-from pix2rep_kernels.testing import backends, error
+from pix2rep_kernels.testing import error
 
 ROOT = Path(__file__).parents[1]
 built = pytest.mark.skipif("cpu" not in FAST, reason="the CPU kernels are not built")
@@ -85,9 +85,10 @@ def test_bad_input(change, kind, message):
         crosscorr(**{"x": torch.zeros(5, 3), "y": torch.zeros(5, 4), **change})
 
 
-def test_triton_refuses_float64():
+@pytest.mark.parametrize("backend", [b for b in EVERY if b in ("triton", "cuda")])
+def test_gpu_kernels_refuse_float64(backend):
     with pytest.raises(RuntimeError, match="float64 features run on the backends reference and cpu only"):
-        crosscorr(torch.zeros(5, 3, dtype=torch.float64), torch.zeros(5, 3), backend="triton")
+        crosscorr(*(torch.zeros(5, 3, dtype=t, device=DEVICE[backend]) for t in (torch.float64, torch.float32)), backend=backend)
 
 
 @built
@@ -125,7 +126,7 @@ def test_same_bits_for_any_number_of_threads(dtype):
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
-@pytest.mark.skipif("triton" not in backends("crosscorr"), reason="triton does not run here")
+@pytest.mark.skipif("triton" not in EVERY, reason="triton does not run here")
 def test_same_bits_on_every_run_of_triton():
     x, y = views(300, 17, 4)
     results = [both(ours("triton"), x, y, torch.ones(17, 4)) for _ in range(20 if "triton" in FAST else 2)]

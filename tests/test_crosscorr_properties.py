@@ -4,19 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crosscorr_helpers import DEVICE, NORMALIZATIONS, both, ours, pytorch, views, weights
+from crosscorr_helpers import DEVICE, EVERY, NORMALIZATIONS, SMALL, both, ours, pytorch, views, weights
 from pix2rep_kernels.ops.crosscorr import Moments, correlation, moments
-from pix2rep_kernels.testing import backends, error, tolerance
+from pix2rep_kernels.testing import error, tolerance
 
-BACKENDS = backends("crosscorr")
 EPS = torch.finfo(torch.float32).eps
 
 
 def size(backend):
-    return (70, 5, 9) if backend == "triton" and DEVICE[backend] == "cpu" else (700, 20, 33)
+    return (70, 5, 9) if backend in SMALL else (700, 20, 33)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_a_constant_changes_nothing(backend):
     """mean / std = 1e3 in float32: no further from float64 than twice a two-pass BatchNorm of the same numbers."""
     n, d1, d2 = size(backend)
@@ -34,10 +33,10 @@ def test_a_constant_changes_nothing(backend):
     assert error(both(ours(backend), x, y, upstream), near) < 1e-3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_a_masked_border_does_not_spoil_the_pivot(backend):
     """Rows of pixels whose first columns are left out: pilot rows at even distances would all lie there."""
-    height, width = (16, 32) if DEVICE[backend] == "cpu" and backend == "triton" else (64, 64)
+    height, width = (16, 32) if backend in SMALL else (64, 64)
     x, y = (torch.randn(height * width, d) + 1e3 for d in (3, 4))
     inside = (torch.arange(height * width) % width) >= 3
     got = ours(backend)(x, y, weight=inside)
@@ -45,7 +44,7 @@ def test_a_masked_border_does_not_spoil_the_pivot(backend):
     assert error([got], [truth]) <= tolerance(error([own], [truth]), torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_a_scale_changes_nothing(backend):
     """As eps vanishes against the variance; powers of two change no rounding but that of eps."""
     x, y = views(*size(backend))
@@ -55,7 +54,7 @@ def test_a_scale_changes_nothing(backend):
         assert error([scaled], [plain]) < 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_views_swapped(backend, normalization):
     n, d1, d2 = size(backend)
@@ -66,7 +65,7 @@ def test_views_swapped(backend, normalization):
     assert error([swapped[0].T, swapped[2], swapped[1]], [c, grad_x, grad_y]) < 8e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_rows_permuted(backend):
     n, d1, d2 = size(backend)
     x, y = views(n, d1, d2)
@@ -76,7 +75,7 @@ def test_rows_permuted(backend):
     assert error(permuted, [c, grad_x[order], grad_y[order]]) < 8e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_weights_are_numbers_of_rows(backend, normalization):
     """A mask selects, whole numbers repeat."""
@@ -94,7 +93,7 @@ def test_weights_are_numbers_of_rows(backend, normalization):
     assert error([c, grad_x, grad_y], [repeated[0], *summed]) < 8e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_weights_of_any_size(backend):
     """C does not depend on the weights' scale, nor does a 16-bit product overflow by them."""
     n, d1, d2 = size(backend)
@@ -106,7 +105,7 @@ def test_weights_of_any_size(backend):
             assert error([ours(backend)(x, y, weight=w * scale)], [plain]) < 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_gradients_of_any_size(backend):
     """16-bit operands neither overflow nor vanish, whatever the size of the loss; the gradients themselves are float16, and so may."""
     n, d1, d2 = size(backend)
@@ -120,7 +119,7 @@ def test_gradients_of_any_size(backend):
             assert error([g.double() / scale for g in scaled[1:]], plain[1:]) < (1e-6 if dtype == torch.bfloat16 else 2e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_moments_about_another_pivot(backend):
     n, d1, d2 = size(backend)
     x, y = (t.to(DEVICE[backend]) for t in views(n, d1, d2))
@@ -135,7 +134,7 @@ def test_moments_about_another_pivot(backend):
         assert error([correlation(moved, normalization)], [correlation(m, normalization)]) < 2e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_moments_of_halves_add(backend):
     n, d1, d2 = size(backend)
     x, y = (t.to(DEVICE[backend]).requires_grad_() for t in views(n, d1, d2))

@@ -1,6 +1,7 @@
 """The CUDA object where there is no GPU, and the emulation that its kernels are tested in."""
 
 import ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -71,6 +72,30 @@ def test_tiles_and_their_product(probe, dtype, transposed):
     probe.product(pointer(given[0]), pointer(given[1]), pointer(out), pointer(early), int(dtype == torch.float16), int(transposed))
     assert np.allclose(out, 1 + x.double().numpy() @ y.double().numpy().T, atol=1e-5)
     assert np.isnan(early[0])  # the copies land when they are waited for, and what they replace is poison
+
+
+def test_tf32(probe):
+    x, y = torch.randn(16, 8), torch.randn(8, 8)
+    x[0, :2] = torch.tensor([1 + 2**-11, -1 - 2**-11 - 2**-23])  # a tie, which goes away from 0, and one past it
+    x[1, :3] = torch.tensor([math.inf, -math.inf, math.nan])
+    out, rounded = np.zeros((16, 8), np.float32), np.zeros((16, 8), np.float32)
+    probe.tf32(pointer(x.numpy()), pointer(y.numpy()), pointer(out), pointer(rounded))
+    kept = torch.from_numpy(rounded)
+    assert torch.equal(kept[0, :2], torch.tensor([1 + 2**-10, -1 - 2**-10])) and torch.equal(kept[1, :2], x[1, :2]) and kept[1, 2].isnan()
+    finite = kept.isfinite()
+    assert ((kept - x)[finite].abs() <= 2**-11 * x[finite].abs()).all() and (kept.view(torch.int32)[finite] & 0x1FFF == 0).all()
+    cut = (y.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    rows = finite.all(1)
+    assert np.allclose(out[rows], 1 + kept[rows].double() @ cut.double(), atol=1e-6) and np.isnan(out[1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pairs(probe, dtype):
+    x, y = torch.randn(64) * 3, torch.randn(64)
+    difference, packed = np.zeros(32, np.uint32), np.zeros(32, np.uint32)
+    probe.pairs(pointer(x.numpy()), pointer(y.numpy()), pointer(difference), pointer(packed), int(dtype == torch.float16))
+    got, rounded = (torch.from_numpy(t.view(np.int16)).view(dtype) for t in (difference, packed))
+    assert torch.equal(rounded, x.to(dtype)) and torch.equal(got, x.to(dtype) - y.to(dtype))
 
 
 def test_warps_and_barriers(probe):

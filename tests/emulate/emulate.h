@@ -221,6 +221,26 @@ inline void expect_aligned(const void* address, size_t bytes) {
   std::abort();
 }
 
+template <class S>
+uint32_t pack(float low, float high, S) {
+  const S pair[2] = {S(low), S(high)};
+  uint32_t bits;
+  std::memcpy(&bits, pair, 4);
+  return bits;
+}
+template <class S>
+uint32_t subtract(uint32_t x, uint32_t y, S) {
+  S a[2], b[2];
+  std::memcpy(a, &x, 4), std::memcpy(b, &y, 4);
+  return pack(float(a[0]) - float(b[0]), float(a[1]) - float(b[1]), S());
+}
+
+inline uint32_t to_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~0x1fffu;
+}
+
 inline void copy_async(void* shared, const void* global) {
   expect_aligned(shared, 16), expect_aligned(global, 16);
   Copy copy{shared, {}};
@@ -288,6 +308,37 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], S) 
   for (int i = 0; i < 4; ++i) d[i] += sum.d[i];
 }
 
+// Fragments of m16n8k8 in tf32, whose last 13 bits count for nothing: lane l has row l / 4 and l / 4 + 8 of a, column l / 4 of b, each at k = l % 4
+// and 4 more.
+inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
+  struct In {
+    uint32_t a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof(mine.a)), std::memcpy(mine.b, b, sizeof(mine.b));
+  struct Out {
+    float d[4];
+  };
+  const Out sum = exchange<Out>(mine, [](const In* all, Out* results) {
+    const auto wide = [](uint32_t bits) {
+      float value;
+      bits &= ~0x1fffu;
+      std::memcpy(&value, &bits, 4);
+      return value;
+    };
+    float x[16][8], y[8][8], product[16][8] = {};
+    for (int lane = 0; lane < kWarp; ++lane) {
+      for (int i = 0; i < 4; ++i) x[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = wide(all[lane].a[i]);
+      for (int i = 0; i < 2; ++i) y[lane % 4 + i * 4][lane / 4] = wide(all[lane].b[i]);
+    }
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 8; ++k)
+        for (int j = 0; j < 8; ++j) product[i][j] += x[i][k] * y[k][j];
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int i = 0; i < 4; ++i) results[lane].d[i] = product[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+  });
+  for (int i = 0; i < 4; ++i) d[i] += sum.d[i];
+}
+
 inline int unknown(int x) { return x; }
 inline void rarely() {}
 inline void add_atomic(float* to, float4 value) { expect_aligned(to, 16), to[0] += value.x, to[1] += value.y, to[2] += value.z, to[3] += value.w; }
@@ -298,6 +349,11 @@ inline void add_atomic(float* to, float value) { *to += value; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
 inline float __int_as_float(int bits) {
   float value;
   std::memcpy(&value, &bits, 4);

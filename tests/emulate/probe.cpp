@@ -30,6 +30,28 @@ static void product_kernel(const uint16_t* x, const uint16_t* y, float* out, flo
   for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 
+// x [16, 8] and y [8, 8], both in tf32, and what to_tf32 leaves of x; 32 lanes.
+static void tf32_kernel(const float* x, const float* y, float* out, float* rounded) {
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  uint32_t a[4], b[2];
+  for (int i = 0; i < 4; ++i) {
+    const int at = (g + i % 2 * 8) * 8 + t + i / 2 * 4;
+    a[i] = to_tf32(x[at]), rounded[at] = __int_as_float(int(a[i]));
+  }
+  for (int i = 0; i < 2; ++i) b[i] = uint32_t(__float_as_int(y[(t + 4 * i) * 8 + g]));  // cut off, not rounded
+  float d[4] = {1, 1, 1, 1};
+  multiply(d, a, b, float());
+  for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = d[i];
+}
+
+// x less y, two values at once, and x and y packed.
+template <class S>
+static void pairs_kernel(const float* x, const float* y, uint32_t* difference, uint32_t* packed) {
+  const int k = threadIdx.x;
+  packed[k] = pack(x[2 * k], x[2 * k + 1], S());
+  difference[k] = subtract(packed[k], pack(y[2 * k], y[2 * k + 1], S()), S());
+}
+
 static void vote_kernel(int* votes, float* sums) {
   const float mine = float(threadIdx.x);
   votes[threadIdx.x] = int(ballot(threadIdx.x % 3 == 0));
@@ -51,6 +73,13 @@ __attribute__((visibility("default"))) void product(const uint16_t* x, const uin
   const auto kernel = half ? (transposed ? &product_kernel<Half, true> : &product_kernel<Half, false>)
                            : (transposed ? &product_kernel<BFloat16, true> : &product_kernel<BFloat16, false>);
   run(1, 32, 1024, [&] { kernel(x, y, out, early); });
+}
+__attribute__((visibility("default"))) void tf32(const float* x, const float* y, float* out, float* rounded) {
+  run(1, 32, 0, [&] { tf32_kernel(x, y, out, rounded); });
+}
+__attribute__((visibility("default"))) void pairs(const float* x, const float* y, uint32_t* difference, uint32_t* packed, int half) {
+  const auto kernel = half ? &pairs_kernel<torch::headeronly::Half> : &pairs_kernel<torch::headeronly::BFloat16>;
+  run(1, 32, 0, [&] { kernel(x, y, difference, packed); });
 }
 __attribute__((visibility("default"))) void vote(int* votes, float* sums) {
   run(1, 64, 0, [&] { vote_kernel(votes, sums); });
