@@ -12,7 +12,7 @@ from benchmarks.harness import peak_mib
 from crosscorr_helpers import CPU, FAST, both, ours, views, weights
 from pix2rep_kernels import crosscorr
 from pix2rep_kernels.ops.crosscorr import moments
-from pix2rep_kernels.testing import backends, error
+from pix2rep_kernels.testing import backends, error, placed
 
 ROOT = Path(__file__).parents[1]
 built = pytest.mark.skipif("cpu" not in FAST, reason="the CPU kernels are not built")
@@ -87,7 +87,7 @@ def test_bad_input(change, kind, message):
 
 def test_triton_refuses_float64():
     with pytest.raises(RuntimeError, match="float64 features run on the backends reference and cpu only"):
-        crosscorr(torch.zeros(5, 3, dtype=torch.float64), torch.zeros(5, 3), backend="triton")
+        placed(crosscorr)(torch.zeros(5, 3, dtype=torch.float64), torch.zeros(5, 3), backend="triton")
 
 
 @built
