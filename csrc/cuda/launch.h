@@ -49,7 +49,7 @@ class Launch {
  public:
   explicit Launch(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
