@@ -39,7 +39,8 @@ def ensure() -> dict:
         return said | {"built": "no: there is no nvcc"}
     given = os.environ | {"PIX2REP_CUDA_ARCHS": os.environ.get("PIX2REP_CUDA_ARCHS", chips()), "PIX2REP_BUILD": "auto"}
     try:
-        result = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=given, capture_output=True, text=True, timeout=LIMIT_S)
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        result = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=LIMIT_S)
         said["built"] = f"for {given['PIX2REP_CUDA_ARCHS']}, exit code {result.returncode}" + (f": {result.stderr[-1500:]}" if result.returncode else "")
     except subprocess.TimeoutExpired:
         said["built"] = f"stopped after {LIMIT_S} s"

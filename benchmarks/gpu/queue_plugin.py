@@ -51,14 +51,14 @@ def pytest_runtestloop(session):
             outcome["why"] = " | ".join(said[:3])[:400]
         elif skipped:
             outcome["why"] = str(skipped.longrepr[2] if isinstance(skipped.longrepr, tuple) else skipped.longrepr)[:200]
-        broken = bad and _broken()
+        broken = bad and cuda_fault()
         queue.record(name, **outcome | ({"outcome": "died", "why": f"{broken}: {outcome['why']}"} if broken else {}))
         if broken:
             os._exit(FAULT)
     return True
 
 
-def _broken() -> str | None:
+def cuda_fault() -> str | None:
     """What CUDA says where a fault has ended it for this process."""
     import torch
 
