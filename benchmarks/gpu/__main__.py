@@ -22,7 +22,7 @@ import traceback
 from pathlib import Path
 
 if "--dry-run" in sys.argv:
-    os.environ |= {"TRITON_INTERPRET": "1", "PIX2REP_EMULATE": "1"}
+    os.environ |= {"TRITON_INTERPRET": "1", "PIX2REP_EMULATE": "1", "PIX2REP_SMALL": "1"}
 
 import torch
 
@@ -110,13 +110,12 @@ def sanitizer(run) -> dict:
 
 
 def profile(run) -> dict:
+    from benchmarks.gpu.bench import cases
     from benchmarks.gpu.profiling import profile as module
-
-    cases = _cases(run)
     from benchmarks.gpu.verdict import verdicts
 
     rows = (run.earlier("bench") or {"rows": []})["rows"]
-    missed = {(case.key, v["by"]): None for case in cases for v in verdicts(case, rows) if v["verdict"] == "MISS"}
+    missed = {(case.key, v["by"]): None for case in cases().values() for v in verdicts(case, rows) if v["verdict"] == "MISS"}
     return {"skipped": "no row misses its target" if rows else "no row was measured"} if run.dry or not missed else module(run, list(missed))
 
 
@@ -126,18 +125,12 @@ def tune(run) -> dict:
     return {"skipped": "needs a GPU"} if run.dry else module(run)
 
 
-def _cases(run) -> list:
-    from benchmarks import peers
-    from benchmarks.gpu.cases import all_cases
-
-    return all_cases(peers.available(run.device)[0], small=run.dry)
-
-
 def show(run, part: str, found: dict) -> None:
     if part == "bench" and "rows" in found:
+        from benchmarks.gpu.bench import cases
         from benchmarks.gpu.verdict import report
 
-        text = report(_cases(run), found["rows"])
+        text = report(list(cases().values()), found["rows"])
         (run.folder / "table.txt").write_text(text + "\n")
         print(text)
         found = {k: v for k, v in found.items() if k != "rows"}

@@ -27,6 +27,9 @@ HANG_S = {"warm": 90, "time": 90}
 LONG = 200_000  # rows beyond which one call takes seconds
 
 
+SMALL = bool(os.environ.get("PIX2REP_SMALL"))
+
+
 class Wrong(Exception):
     """A result outside of what is allowed; it gets no time."""
 
@@ -47,7 +50,7 @@ def pieces(cases: list) -> list[str]:
 @functools.lru_cache(maxsize=1)
 def _truth(key: str, device: str):
     """Small inputs, float64's value and gradients, and the errors that eager makes in the case's own dtype: the same for everyone."""
-    case = _cases()[key]
+    case = cases()[key]
     torch.manual_seed(0)
     small = case.small(device)
     reference = case.peers["eager"] if "eager" in case.peers else case_module.EAGER[case.op](case)
@@ -76,12 +79,12 @@ def check(case, who: str, call, device: str) -> dict:
     return found | {"eager_error_value": own["error_value"], "eager_error_gradient": own["error_gradient"]}
 
 
-def row(case, who: str, device: str, rates: dict, warm: bool = False, small: bool = False) -> dict:
+def row(case, who: str, device: str, rates: dict, warm: bool = False) -> dict:
     """One row. `warm`: only what compiles."""
     call = functools.partial(case.ours, who) if who in GPU else case.peers[who.removeprefix("peer:")]
     found = {"op": case.op, "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "who": who, **case.fields}
     needs = case.eager_bytes if who in ("peer:eager", "peer:compile") else 0
-    if needs > case_module.LIMIT_BYTES and not small:
+    if needs > case_module.LIMIT_BYTES and not SMALL:
         return found | {"skipped": f"needs {needs / 1e9:.0f} GB"}
     inputs = None
     try:
@@ -123,9 +126,10 @@ def _untimed(found: dict, why: str) -> dict:
 
 
 @functools.cache
-def _cases(small: bool = bool(os.environ.get("PIX2REP_SMALL"))) -> dict:
-    peers, _ = peer_module.available("cpu" if os.environ.get("PIX2REP_SMALL") and not torch.cuda.is_available() else "cuda")
-    return {case.key: case for case in case_module.all_cases(peers, small=small)}
+def cases() -> dict:
+    """Key -> case; tiny ones where PIX2REP_SMALL is set."""
+    peers, _ = peer_module.available("cuda" if torch.cuda.is_available() else "cpu")
+    return {case.key: case for case in case_module.all_cases(peers, small=SMALL)}
 
 
 def worker() -> None:
@@ -135,7 +139,7 @@ def worker() -> None:
     while (name := queue.take()) is not None:
         key, _, who = name.rpartition("|")
         torch._dynamo.reset()  # its limit of recompilations would silently leave a compiled peer eager
-        found = row(_cases()[key], who, device, rates, mode == "warm", bool(os.environ.get("PIX2REP_SMALL")))
+        found = row(cases()[key], who, device, rates, mode == "warm")
         fault = "failed" in found and cuda_fault()
         queue.record(name, outcome="row", row=found | ({"failed": f"{fault}: {found['failed']}"} if fault else {}))
         if fault:
@@ -145,14 +149,13 @@ def worker() -> None:
 def bench(run, rates: dict) -> dict:
     """All rows that this code has no result of yet; written as they come."""
     environment = {"PIX2REP_RATES": str(run.scratch / "rates.json")}
-    environment |= {"PIX2REP_SMALL": "1", "TRITON_INTERPRET": "1", "PIX2REP_EMULATE": "1"} if run.dry else {}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     (run.scratch / "rates.json").write_text(json.dumps(rates))
     _, absent = peer_module.available(run.device)
-    cases = case_module.all_cases(peer_module.available(run.device)[0], small=run.dry)
     before = run.earlier("bench") or {"rows": []}
     rows = {_name(r): r for r in before["rows"] if "failed" not in r and "skipped" not in r}
-    wanted = [name for name in pieces(cases) if name not in rows]
+    every = pieces(list(cases().values()))
+    wanted = [name for name in every if name not in rows]
     command = [sys.executable, "-m", "benchmarks.gpu.bench"]
     said = []
     if not run.dry:
@@ -166,8 +169,8 @@ def bench(run, rates: dict) -> dict:
     said += work(queue, command, 1, run.seconds(run.bench_s), HANG_S["time"], environment | {"PIX2REP_MODE": "time"}, ROOT)
     for name, outcome in queue.outcomes().items():
         rows[name] = outcome.get("row") or _shell(name) | {"failed": f"{outcome['outcome']}: {outcome['why']}"}
-    rank = {name: i for i, name in enumerate(pieces(cases))}
-    ordered = [rows[name] for name in sorted(rows, key=lambda n: (n.partition("|")[0], rank.get(n, 0)))]
+    order = {key: i for i, key in enumerate(cases())}
+    ordered = [rows[n] for n in sorted((n for n in rows if n in every), key=lambda n: (order[n.rpartition("|")[0]], every.index(n)))]
     compare(ordered)
     return {"rows": ordered, "not_reached": queue.left(), "peers_absent": absent, "workers_said": said}
 

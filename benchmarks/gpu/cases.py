@@ -166,7 +166,7 @@ def map_cases(small: bool) -> list[Case]:
 
     def plain_joint(a, b):
         p = torch.einsum("bkp,blp->kl", a.flatten(2).softmax(1), b.flatten(2).softmax(1))
-        return (p / p.sum()).square().sum()
+        return ((p + p.T) / (2 * p.sum())).square().sum()
 
     def maps(device):
         return [torch.rand(batch, 1, edge, edge, device=device, requires_grad=True), torch.rand(batch, 1, edge, edge, device=device)]

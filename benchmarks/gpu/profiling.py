@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import peers as peer_module
 from benchmarks.gpu import cases as case_module
+from benchmarks.gpu.bench import cases
 from benchmarks.harness import ROOT
 
 SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "ComputeWorkloadAnalysis")
@@ -67,8 +67,7 @@ def profile(run, rows: list[tuple[str, str]]) -> dict:
 
 
 def main(key: str, who: str, once: bool) -> None:
-    peers, _ = peer_module.available("cuda")
-    case = {c.key: c for c in case_module.all_cases(peers)}[key]
+    case = cases()[key]
     step = functools.partial(case_module.gradients, functools.partial(case.ours, who), case.make("cuda"))
     step()
     torch.cuda.synchronize()

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import peers as peer_module
 from benchmarks.gpu import bench as bench_module
 from benchmarks.gpu import cases as case_module
 from benchmarks.gpu.queue import Queue, work
@@ -55,7 +54,7 @@ def names() -> list[str]:
 
 
 def measured(key: str, place: str, blocks: list | None, device: str = "cuda") -> dict:
-    case = {c.key: c for c in case_module.all_cases({"eager": peer_module.eager}, small=device != "cuda")}[key]
+    case = bench_module.cases()[key]
     found = {"case": key, "place": place, "blocks": blocks}
     call = functools.partial(case.ours, "triton")
     with instead(place, blocks and tuple(blocks)):
