@@ -8,8 +8,8 @@
     profile    the kernels of rows that miss their target, and ncu's view of them
     tune       (only when asked) other block sizes
 
-Each part writes <part>.json with device, versions and commit as soon as it ends, in benchmarks/results/<device>/ or under --out; a part (of `bench` a row) that
-is there for this very code already is not run again. `--dry-run` rehearses on the CPU at tiny sizes: its numbers mean nothing and are written elsewhere.
+Each part but `build` writes <part>.json with device, versions and commit as soon as it ends, in benchmarks/results/<device>/ or under --out. A part (of `bench`
+a row) that is there for this very code already is not run again. `--dry-run` rehearses on the CPU at tiny sizes: its numbers mean nothing and go elsewhere.
 """
 
 import argparse
@@ -61,7 +61,9 @@ def main() -> int:
             traceback.print_exc()
             failed.append(part)
             found = {"failed": f"{type(broken).__name__}: {broken}"}
-        if not earlier:
+        if part == "build":
+            run.facts["objects"] = found
+        elif not earlier:
             run.write(part, seconds=time.monotonic() - start, **found)
         show(run, part, found)
     write_logs(run)

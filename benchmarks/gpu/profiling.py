@@ -44,6 +44,10 @@ def profile(run, rows: list[tuple[str, str]]) -> dict:
     """For each (case, backend): its kernels by time, and ncu's view of them or why there is none."""
     given = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     found, ncu = {}, ncu_path()
+
+    def limit() -> float:
+        return max(10.0, min(LIMIT_S, run.left()))
+
     for case, who in rows:
         if run.left() < 15:
             found[f"{case} {who}"] = {"skipped": "time is up"}
@@ -51,17 +55,17 @@ def profile(run, rows: list[tuple[str, str]]) -> dict:
         command = [sys.executable, "-m", "benchmarks.gpu.profiling", case, who]
         entry = {}
         try:
-            plain = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=LIMIT_S)
+            plain = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=limit())
             entry["kernels"] = json.loads(plain.stdout.splitlines()[-1]) if plain.returncode == 0 else plain.stderr[-300:]
             if ncu is None:
                 entry["ncu"] = "skipped: ncu is not here"
             else:
                 options = ["--clock-control", "none", "--profile-from-start", "off", "--target-processes", "application-only", "--csv", "--page", "details"]
                 options += [word for name in SECTIONS for word in ("--section", name)]
-                seen = subprocess.run([ncu, *options, *command, "--once"], cwd=ROOT, env=given, capture_output=True, text=True, timeout=LIMIT_S)
+                seen = subprocess.run([ncu, *options, *command, "--once"], cwd=ROOT, env=given, capture_output=True, text=True, timeout=limit())
                 entry["ncu"] = kernels(seen.stdout) or f"no answer, exit code {seen.returncode}: {(seen.stdout + seen.stderr)[-300:]}"
         except subprocess.TimeoutExpired:
-            entry["stopped"] = f"after {LIMIT_S} s"
+            entry["stopped"] = "at its time limit"
         found[f"{case} {who}"] = entry
     return {"profiles": found}
 

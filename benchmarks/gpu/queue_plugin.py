@@ -39,6 +39,9 @@ def pytest_runtestloop(session):
 
     session.config.pluginmanager.register(Listener())
     while (name := queue.take()) is not None:
+        if name not in items:
+            queue.record(name, outcome="failed", why="this process did not collect it: its name is not the same every time")
+            continue
         reports.clear()
         start = time.monotonic()
         items[name].config.hook.pytest_runtest_protocol(item=items[name], nextitem=None)

@@ -54,12 +54,12 @@ class Run:
         return max(5.0, min(most, self.left() - keep))
 
     def earlier(self, part: str) -> dict | None:
-        """The result of `part` for this very code."""
-        path = self.folder / f"{part}.json"
-        if self.again or not path.exists():
-            return None
-        found = json.loads(path.read_text())
-        return found if found.get("sources") == self.facts["sources"] else None
+        """The result of `part` for this very code, in this run's folder or among the committed ones."""
+        for folder in () if self.again else (self.folder, ROOT / "benchmarks/results" / self.folder.name):
+            path = folder / f"{part}.json"
+            if path.exists() and (found := json.loads(path.read_text())).get("sources") == self.facts["sources"] and "failed" not in found:
+                return found
+        return None
 
     def write(self, part: str, **content) -> dict:
         content = self.facts | content

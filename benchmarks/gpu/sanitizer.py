@@ -13,7 +13,7 @@ from pix2rep_kernels.dispatch import OPS
 from pix2rep_kernels.testing import backends
 
 TOOLS = ("memcheck", "racecheck")
-PROCESSES = 8
+PROCESSES = 20  # every op and backend under one tool or the other at once
 
 
 def tool_path() -> str | None:
@@ -44,7 +44,7 @@ def sanitizer(seconds: float, dry: bool = False) -> dict:
     share = seconds / 3
     with ThreadPoolExecutor(PROCESSES) as pool:  # first alone, which compiles the kernels
         plain = dict(pool.map(one, [("plain", *pair) for pair in pairs]))
-        share = seconds / 2.5
+        share = seconds / 1.7
         watched = dict(pool.map(one, [(tool, *pair) for tool in TOOLS for pair in pairs]))
     return {"plain": plain, "watched": watched, "path": path}
 

@@ -63,6 +63,7 @@ def suite(folder: Path, seconds: float, workers: int, pytest: tuple[str, ...] = 
     """Passed, failed, skipped and not reached tests, by op and backend; what was held by a process that died is "died"."""
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.queue_plugin", "-p", "no:cacheprovider", "-q", "--tb=short", *pytest]
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other projects' plugins
     queue = Queue.start(folder, [])
     targets = chosen or files()
     listed = subprocess.run(
