@@ -61,7 +61,7 @@ bench: build
 
 # Where a GPU is, with the environment's own torch and triton; objects that load are used, others built for that GPU alone.
 gpu:
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -60,7 +60,7 @@ def main() -> int:
         except Exception as broken:  # noqa: BLE001 - one part's failure is no reason to lose the others
             traceback.print_exc()
             failed.append(part)
-            found = {"failed": f"{type(broken).__name__}: {broken}"}
+            found = {"broken": f"{type(broken).__name__}: {broken}"}
         if part == "build":
             run.facts["objects"] = found
         elif not earlier:
@@ -83,7 +83,7 @@ def ceilings(run) -> dict:
     given = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=run.seconds(90))
     if result.returncode:
-        return {"failed": result.stderr[-600:], "expected": EXPECTED}
+        return {"broken": result.stderr[-600:], "expected": EXPECTED}
     rates = json.loads(result.stdout.splitlines()[-1])
     off = {k: round(rates[k] / v, 2) for k, v in EXPECTED.items() if not 0.75 <= rates[k] / v <= 1.25}
     return rates | {"expected": EXPECTED, "off_by_more_than_a_quarter": off, "clock_by_ex2_GHz": rates["ex2"] / (16 * 132 * 1e9)}
@@ -102,7 +102,7 @@ def suite(run) -> dict:
 
     if run.dry:
         return module(run.scratch / "suite", 120, 2, chosen=["tests/test_smoke.py"])
-    return module(run.scratch / "suite", run.seconds(210, keep=75), min(WORKERS, max(1, (os.cpu_count() or 2) - 2)))
+    return module(run.scratch / "suite", run.seconds(210, keep=75), min(WORKERS, max(1, (os.cpu_count() or 2) - 2)), write=run.write)
 
 
 def sanitizer(run) -> dict:

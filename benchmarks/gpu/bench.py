@@ -68,14 +68,14 @@ def check(case, who: str, call, device: str) -> dict:
     """Errors on the small inputs.
 
     Raises:
-        Wrong: above twice eager's at the same precision and one rounding.
+        Wrong: above twice eager's at the same precision and one rounding. That of the value is one number's, small by luck: eager's gradient says more.
     """
     small, truth, own = _truth(case.key, device)
     found = errors(case_module.gradients(call, small), truth)
     for name, value in found.items():
-        allowed = tolerance(own[name], case.dtype)
+        allowed = tolerance(max(own[name], own["error_gradient"]), case.dtype)
         if not value <= allowed:
-            raise Wrong(f"{name.replace('_', ' of the ')} {value:.2e}, allowed {allowed:.2e} (twice eager's {own[name]:.1e} and a rounding of {case.dtype})")
+            raise Wrong(f"{name.replace('_', ' of the ')} {value:.2e}, allowed {allowed:.2e}: twice eager's and a rounding of {case.dtype}")
     return found | {"eager_error_value": own["error_value"], "eager_error_gradient": own["error_gradient"]}
 
 
@@ -166,13 +166,18 @@ def bench(run, rates: dict) -> dict:
         rows |= {n: _shell(n) | {"failed": f"{o['outcome']}: {o['why']}"} for n, o in faults.items()}
         wanted = [n for n in wanted if n not in faults]
     queue = Queue.start(run.scratch / "bench", wanted)
-    said += work(queue, command, 1, run.seconds(run.bench_s), HANG_S["time"], environment | {"PIX2REP_MODE": "time"}, ROOT)
-    for name, outcome in queue.outcomes().items():
-        rows[name] = outcome.get("row") or _shell(name) | {"failed": f"{outcome['outcome']}: {outcome['why']}"}
-    order = {key: i for i, key in enumerate(cases())}
-    ordered = [rows[n] for n in sorted((n for n in rows if n in every), key=lambda n: (order[n.rpartition("|")[0]], every.index(n)))]
-    compare(ordered)
-    return {"rows": ordered, "not_reached": queue.left(), "peers_absent": absent, "workers_said": said}
+
+    def so_far() -> dict:
+        for name, outcome in queue.outcomes().items():
+            rows[name] = outcome.get("row") or _shell(name) | {"failed": f"{outcome['outcome']}: {outcome['why']}"}
+        order = {key: i for i, key in enumerate(cases())}
+        ordered = [rows[n] for n in sorted((n for n in rows if n in every), key=lambda n: (order[n.rpartition("|")[0]], every.index(n)))]
+        compare(ordered)
+        return {"rows": ordered, "not_reached": queue.left(), "peers_absent": absent, "workers_said": said}
+
+    given = environment | {"PIX2REP_MODE": "time"}
+    said += work(queue, command, 1, run.seconds(run.bench_s), HANG_S["time"], given, ROOT, lambda: run.write("bench", **so_far()))
+    return so_far()
 
 
 def _name(found: dict) -> str:

@@ -10,8 +10,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+TICK_S = 5
 
 
 class Queue:
@@ -73,12 +75,18 @@ class Queue:
         return next((e for e in reversed(entries) if "held" in e and e["held"] not in done), None)
 
 
-def work(queue: Queue, command: Sequence[str], workers: int, seconds: float, hang_s: float, environment: dict[str, str] | None = None, cwd=None) -> list[str]:
+def work(
+    queue: Queue, command: Sequence[str], workers: int, seconds: float, hang_s: float, environment: dict[str, str] | None = None, cwd=None,
+    tick: Callable[[], None] | None = None,
+) -> list[str]:  # fmt: skip
     """Run `workers` processes of `command` until the queue is empty or the time is up; returns what is to be said of those that failed to start.
+
+    `tick` is called every few seconds, to write what there is so far.
 
     What a process held when it died, hung for `hang_s` or ran out of time is recorded with an "outcome" of "died", "hung" or "out of time".
     """
     deadline, logs, running, idle_deaths, said = time.monotonic() + seconds, queue.folder, {}, 0, []
+    ticked = time.monotonic()
 
     def launch(number):
         log = open(logs / f"worker{number}.log", "a")  # noqa: SIM115 - the process holds it
@@ -91,6 +99,9 @@ def work(queue: Queue, command: Sequence[str], workers: int, seconds: float, han
     while running:
         time.sleep(0.2)
         late = time.monotonic() > deadline
+        if tick and time.monotonic() - ticked > TICK_S:
+            tick()
+            ticked = time.monotonic()
         for number, process in list(running.items()):
             held, ended = queue.held(process.pid), process.poll()
             hung = held is not None and time.time() - held["at"] > hang_s

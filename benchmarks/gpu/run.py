@@ -57,7 +57,7 @@ class Run:
         """The result of `part` for this very code, in this run's folder or among the committed ones."""
         for folder in () if self.again else (self.folder, ROOT / "benchmarks/results" / self.folder.name):
             path = folder / f"{part}.json"
-            if path.exists() and (found := json.loads(path.read_text())).get("sources") == self.facts["sources"] and "failed" not in found:
+            if path.exists() and (found := json.loads(path.read_text())).get("sources") == self.facts["sources"] and "broken" not in found:
                 return found
         return None
 

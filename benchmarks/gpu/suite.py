@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu.queue import Queue, work
@@ -59,7 +60,9 @@ def summary(queue: Queue, said: list[str]) -> dict:
     }  # fmt: skip
 
 
-def suite(folder: Path, seconds: float, workers: int, pytest: tuple[str, ...] = (), chosen: list[str] | None = None) -> dict:
+def suite(
+    folder: Path, seconds: float, workers: int, pytest: tuple[str, ...] = (), chosen: list[str] | None = None, write: Callable[..., object] | None = None
+) -> dict:
     """Passed, failed, skipped and not reached tests, by op and backend; what was held by a process that died is "died"."""
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.queue_plugin", "-p", "no:cacheprovider", "-q", "--tb=short", *pytest]
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
@@ -73,4 +76,5 @@ def suite(folder: Path, seconds: float, workers: int, pytest: tuple[str, ...] = 
     if not (folder / "found.json").exists():
         return {"counts": {}, "failed": [{"test": "collection", "outcome": "died", "why": (listed.stdout + listed.stderr)[-2000:]}]}
     queue = Queue.start(folder, in_turn([(g, n) for g, n in json.loads((folder / "found.json").read_text())]))
-    return summary(queue, work(queue, [*command, *targets], workers, seconds, HANG_S, environment, ROOT))
+    tick = write and (lambda: write("suite", broken="not at its end", **summary(queue, [])))
+    return summary(queue, work(queue, [*command, *targets], workers, seconds, HANG_S, environment, ROOT, tick))
