@@ -25,6 +25,8 @@ class Queue:
     @classmethod
     def start(cls, folder: Path, names: Sequence[str]) -> "Queue":
         folder.mkdir(parents=True, exist_ok=True)
+        for log in folder.glob("worker*.log"):
+            log.unlink()
         (folder / "names.json").write_text(json.dumps(list(names)))
         (folder / "next").write_text("0")
         (folder / "journal.jsonl").write_text("")

@@ -78,5 +78,5 @@ def report(cases: list[Case], rows: list[dict]) -> str:
     lines = [HEADER, *map(line, rows), ""]
     for entry in (entry for case in cases for entry in verdicts(case, rows)):
         reached = f"{entry['reached']:.4g} by {entry['by']}" if "reached" in entry else ""
-        lines.append(f"{entry['verdict']:8}{entry['op']:10}{entry['case']:32}{entry['what']:14}{entry['asked']:>10}  {reached}")
+        lines.append(f"{entry['verdict']:7} {entry['op']:10}{entry['case']:32}{entry['what']:14}{entry['asked']:>10}  {reached}")
     return "\n".join([*lines, "", *(f"auto     {op:10}{text}" for op, text in winners(rows).items())])
