@@ -59,10 +59,9 @@ demo: build
 bench: build
 	$(BIN)/python -m pytest benchmarks/bench_*.py
 
-# Where a GPU is, with the environment's own torch and triton; what is built already is used.
+# Where a GPU is, with the environment's own torch and triton; objects that load are used, others built for that GPU alone.
 gpu:
-	test -e pix2rep_kernels/_C_cuda.abi3.so || $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
 # The pages of docs/ in build/site, with tools of their own; `make test` runs what the pages say.
 docs: .venv-docs/.installed

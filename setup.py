@@ -30,9 +30,14 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi
 ISA_FLAGS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]}
-# Machine code for Ampere and Hopper, and code that the driver compiles for what comes after.
+# Machine code for Ampere and Hopper, and code (+ptx) that the driver compiles for what comes after.
+ARCHS = os.environ.get("PIX2REP_CUDA_ARCHS", "80,90a,80+ptx").split(",")
+if not all(re.fullmatch(r"\d+a?(\+ptx)?", arch) for arch in ARCHS):
+    raise SystemExit(f"`PIX2REP_CUDA_ARCHS` must list chips such as 80,90a,80+ptx, got {','.join(ARCHS)!r}")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wno-psabi"]
-NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code={code}_{arch}" for arch, code in (("80", "sm"), ("90a", "sm"), ("80", "compute"))]
+NVCC_FLAGS += [
+    f"-gencode=arch=compute_{chip},code={'compute' if ptx else 'sm'}_{chip}" for chip, _, ptx in (arch.partition("+") for arch in ARCHS)
+]
 
 
 def nvcc() -> str | None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,10 +10,27 @@ from torch import Tensor
 from pix2rep_kernels import dispatch
 
 
-def backends(op: str, device: str = "cpu") -> list[str]:
-    """Backends of `op` that run on `device` in this process."""
-    probe = [torch.empty(0, device=device)]
-    return [name for name in dispatch.BACKENDS if dispatch.why_not(op, name, probe) is None]
+def home(backend: str) -> str:
+    """Device on which a test runs `backend`: "cuda" for GPU kernels where a GPU is, else "cpu", where they run interpreted or emulated."""
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def backends(op: str, device: str | None = None) -> list[str]:
+    """Backends of `op` that run in this process, on `device` or, by default, each on its `home`."""
+    return [name for name in dispatch.BACKENDS if dispatch.why_not(op, name, [torch.empty(0, device=device or home(name))]) is None]
+
+
+def placed(function: Callable) -> Callable:
+    """An op for tests that hold CPU tensors: the named backend gets its tensors on its `home`, what it returns comes back."""
+
+    def run(*tensors, backend="auto", **options):
+        def there(x):
+            return x.to(home(backend)) if isinstance(x, Tensor) else x
+
+        out = function(*map(there, tensors), backend=backend, **{k: there(v) for k, v in options.items()})
+        return out.cpu() if isinstance(out, Tensor) else type(out)(*(t.cpu() for t in out)) if hasattr(out, "_fields") else tuple(t.cpu() for t in out)
+
+    return run
 
 
 def error(got: Iterable[Tensor], truth: Iterable[Tensor]) -> float:

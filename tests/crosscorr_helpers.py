@@ -7,14 +7,14 @@ import torch
 from pix2rep_kernels import crosscorr
 from pix2rep_kernels.ops.crosscorr import correlation, moments
 from pix2rep_kernels.reference import crosscorr as reference
-from pix2rep_kernels.testing import backends, error, poisoned, tolerance
+from pix2rep_kernels.testing import backends, error, home, poisoned, tolerance
 
 GPU = torch.cuda.is_available()
-EVERY = list(dict.fromkeys([*backends("crosscorr"), *(backends("crosscorr", "cuda") if GPU else ())]))
+EVERY = backends("crosscorr")
 SMALL = [b for b in EVERY if b in ("triton", "cuda") and not GPU]  # interpreted and emulated kernels have a table of their own
 FAST = [b for b in EVERY if b not in SMALL]
 CPU = [b for b in FAST if b not in ("triton", "cuda")]
-DEVICE = {b: "cuda" if b in ("triton", "cuda") else "cpu" for b in EVERY} if GPU else dict.fromkeys(EVERY, "cpu")
+DEVICE = {b: home(b) for b in EVERY}
 NORMALIZATIONS = ("batchnorm", "std", "none")
 
 

@@ -104,6 +104,7 @@ def test_bad_input(change, kind, message):
 @pytest.mark.skipif("triton" not in backends("align"), reason="triton does not run here")
 def test_triton_refuses_float64_maps_not_grids():
     tensors, keywords = problem(channels=3, dtype=torch.float64, size=(1, 2))
+    tensors = [t.to(DEVICE["triton"]) for t in tensors]
     with pytest.raises(RuntimeError, match="float64 maps run on the backends reference and cpu only"):
         align(*tensors, backend="triton", **keywords)
     maps = [f.float().requires_grad_() for f in tensors[:2]]

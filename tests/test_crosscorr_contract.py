@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.harness import peak_mib
-from crosscorr_helpers import CPU, DEVICE, EVERY, FAST, both, ours, views, weights
+from crosscorr_helpers import CPU, EVERY, FAST, both, ours, views, weights
 from pix2rep_kernels import crosscorr
 from pix2rep_kernels.ops.crosscorr import moments
-from pix2rep_kernels.testing import error
+from pix2rep_kernels.testing import error, placed
 
 ROOT = Path(__file__).parents[1]
 built = pytest.mark.skipif("cpu" not in FAST, reason="the CPU kernels are not built")
@@ -88,7 +88,7 @@ def test_bad_input(change, kind, message):
 @pytest.mark.parametrize("backend", [b for b in EVERY if b in ("triton", "cuda")])
 def test_gpu_kernels_refuse_float64(backend):
     with pytest.raises(RuntimeError, match="float64 features run on the backends reference and cpu only"):
-        crosscorr(*(torch.zeros(5, 3, dtype=t, device=DEVICE[backend]) for t in (torch.float64, torch.float32)), backend=backend)
+        placed(crosscorr)(torch.zeros(5, 3, dtype=torch.float64), torch.zeros(5, 3), backend=backend)
 
 
 @built

@@ -7,16 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pix2rep_kernels
 from joint_helpers import DEVICE, FAST, LAYOUTS, cancellation, compare, problem, pytorch, raw, three, upstream_of
-from pix2rep_kernels import joint
-from pix2rep_kernels.testing import backends, error, poisoned
-from sweep import FULL
+from pix2rep_kernels.testing import backends, error, placed, poisoned
+from sweep import FULL, some
 
 pytestmark = [  # numpy's, of NaN and huge logits in the interpreter
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 EPS = torch.finfo(torch.float32).eps
+EXACT = [b for b in FAST if b != "triton"]  # those that take float64
+joint = placed(pix2rep_kernels.joint)
 
 
 # Values and gradients
@@ -45,14 +47,14 @@ def test_three_axes(backend, radius, collapsed):
     "dtypes",
     [*((t, t) for t in (torch.float16, torch.bfloat16, torch.float64)), (torch.float16, torch.float32), (torch.float64, torch.bfloat16)],
 )
-@pytest.mark.parametrize("backend", [b for b in FAST if b != "triton"])
+@pytest.mark.parametrize("backend", EXACT)
 def test_precisions(backend, dtypes):
     for layout, (radius, collapsed), logits in itertools.product(LAYOUTS, ((0, True), (1, True), (1, False)), (True, False)):
         a, b, mask = problem(17, layouts=(layout, layout), dtypes=dtypes, masked=True, logits=logits)
         compare(backend, a, b, mask=mask, radius=radius, collapsed=collapsed, logits=logits)
 
 
-@pytest.mark.parametrize("backend", [b for b in FAST if b != "triton"])
+@pytest.mark.parametrize("backend", EXACT)
 def test_gradcheck(backend):
     cases = ((0, True, True, True, False), (1, True, False, False, False), (1, False, True, True, False), (0, True, True, True, True))
     for radius, collapsed, logits, symmetric, detach in cases:
@@ -187,8 +189,7 @@ def test_nothing_counts(backend):
     for radius, collapsed in ((0, True), (1, True), (1, False)):
         a, b, _ = problem(3, 1, (3, 4))
         a.requires_grad_(), b.requires_grad_()
-        device, mask = DEVICE[backend], torch.zeros(1, 3, 4, dtype=torch.bool, device=DEVICE[backend])
-        p = joint(a.to(device), b.to(device), mask=mask, radius=radius, collapsed=collapsed, backend=backend)
+        p = joint(a, b, mask=torch.zeros(1, 3, 4, dtype=torch.bool), radius=radius, collapsed=collapsed, backend=backend)
         p.sum().backward()
         assert p.count_nonzero() == 0 and a.grad.count_nonzero() == 0 and b.grad.count_nonzero() == 0
 
@@ -234,7 +235,7 @@ def information(p):
     return -(p * (p.log() - rows.log() - columns.log())).sum((-2, -1)).mean()
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("collapsed", [True, False])
 def test_official_iic(backend, collapsed):
     a, b, mask = problem(4, space=(8, 7), dtypes=(torch.float64,) * 2, masked=True)
@@ -259,11 +260,13 @@ def test_official_iic(backend, collapsed):
 @pytest.mark.parametrize("backend", FAST)
 def test_sizes(backend):
     for clusters in (1, 2, 3, 15, 16, 17, 31, 33, 100, *((127, 128, 129, 300, 512) if FULL else (129,))):
+        if backend == "triton" and clusters > 128:
+            continue  # refused
         for layout in ("first", "last"):
             a, b, mask = problem(clusters, space=(5, 13), layouts=(layout, layout), masked=clusters % 2 == 1, logits=clusters > 1)
             compare(backend, a, b, mask=mask, logits=clusters > 1)
     for space in ((1, 1), (1, 2), (15, 1), (8, 8), (3, 43), (127, 1), (16, 8), (33, 31), (64, 65)):
-        for radius, layout in itertools.product((0, 1), LAYOUTS):
+        for radius, layout in some(backend, itertools.product((0, 1), LAYOUTS), 3):
             a, b, mask = problem(7, 1, space, (layout, layout), masked=space[1] % 2 == 0)
             compare(backend, a, b, mask=mask, radius=radius)
 
@@ -303,13 +306,13 @@ def test_special_values(backend):
     for value, (radius, collapsed) in itertools.product((math.nan, math.inf), ((0, True), (1, True), (1, False))):
         a, b, _ = problem(4, 1, (4, 5))
         a[0, 1, 2, 2] = value
-        p = joint(a.to(DEVICE[backend]), b.to(DEVICE[backend]), radius=radius, collapsed=collapsed, backend=backend)
+        p = joint(a, b, radius=radius, collapsed=collapsed, backend=backend)
         assert p.isnan().all()
         if backend == "triton" and value == math.nan:
             break
     a, b, _ = problem(4, 1, (4, 5))
     a[:, 1], a[0, :, 0, 0], b[0, 2, 1, 1] = -math.inf, torch.tensor([3e38, -3e38, 0, -math.inf]), 1e4
-    p = joint(a.to(DEVICE[backend]), b.to(DEVICE[backend]), symmetric=False, backend=backend).cpu()
+    p = joint(a, b, symmetric=False, backend=backend)
     assert error([p], [pytorch(a.double(), b.double())[0] / 20]) < 8 * EPS
     assert p[1].count_nonzero() == 0
 

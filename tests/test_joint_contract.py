@@ -108,10 +108,11 @@ def test_the_native_op_reads_nothing_out_of_bounds():
 
 @pytest.mark.skipif("triton" not in backends("joint"), reason="triton does not run here")
 def test_triton_says_what_it_does_not_take():
-    assert "float64 maps run on" in dispatch.why_not("joint", "triton", [torch.zeros(1, 2, 3, 3, dtype=torch.float64)])
-    assert "129 clusters: more than 128 run on" in dispatch.why_not("joint", "triton", [torch.zeros(1, 129, 3, 3)])
+    device = DEVICE["triton"]
+    assert "float64 maps run on" in dispatch.why_not("joint", "triton", [torch.zeros(1, 2, 3, 3, dtype=torch.float64, device=device)])
+    assert "129 clusters: more than 128 run on" in dispatch.why_not("joint", "triton", [torch.zeros(1, 129, 3, 3, device=device)])
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run joint: 200 clusters"):
-        joint(torch.zeros(1, 200, 2, 2), torch.zeros(1, 200, 2, 2), backend="triton")
+        joint(torch.zeros(1, 200, 2, 2, device=device), torch.zeros(1, 200, 2, 2, device=device), backend="triton")
 
 
 # Determinism

@@ -11,7 +11,7 @@ import torch
 from benchmarks.harness import peak_mib
 from lncc_helpers import HERE, NEEDS, both, ours, problem
 from pix2rep_kernels import lncc
-from pix2rep_kernels.testing import backends, error
+from pix2rep_kernels.testing import backends, error, placed
 
 ROOT = Path(__file__).parents[1]
 BUILT = pytest.mark.skipif("cpu" not in HERE, reason="the CPU kernels are not built")
@@ -87,7 +87,7 @@ def test_triton_refuses_float64():
     if "triton" not in backends("lncc"):
         pytest.skip("triton does not run here")
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run lncc: float64 maps run on the backends reference and cpu only"):
-        lncc(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.float64), backend="triton")
+        placed(lncc)(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.float64), backend="triton")
 
 
 @BUILT

@@ -93,7 +93,7 @@ class Launch {
  public:
   explicit Launch(std::initializer_list<Given> all) : device_(expect_home(all)), stream_of_(current_stream_function()), guard_(device_) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(stream_of_(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(stream_of_(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
     check(cudaSetDevice(device_), "cudaSetDevice");  // of this object's own runtime: torch's guard sets torch's
   }
