@@ -78,7 +78,7 @@ __device__ __forceinline__ void add_step(Totals<S>& total, const Pivots<S>& pivo
                                   ((chunk ^ row ^ (first % kPanel<T> / 8)) << 4));
   };
   const auto a = at(0, place.x, tile >> 1, tile & 1), b = at(S::kPanelsX, place.y, tile & 1, tile >> 1);
-  constexpr int kUnroll = kWeighted ? 1 : 2;  // its registers are few
+  [[maybe_unused]] constexpr int kUnroll = kWeighted ? 1 : 2;  // its registers are few
 #pragma unroll kUnroll
   for (int k = 0; k < kStepRows / 16; ++k) {
     uint32_t x[S::kM][4];
