@@ -1,0 +1,150 @@
+"""Which batch fits in a given memory, predicted from small batches and checked on a larger one.
+
+The bytes of a step are linear in the batch, part by part (activations, gradients of features), but for the similarities of an eager InfoNCE
+over all pixels, which are quadratic. So each part's peak gets a polynomial of its own, and the largest of them decides.
+"""
+
+import re
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from pix2rep.config import Config
+from pix2rep.log import say
+from pix2rep.meter import free_bytes
+from pix2rep.plain import COPIES, similarity_bytes
+from pix2rep.profile import LOSSES, SHARE, Profiled, losses_of, synthetic
+from pix2rep.training import pick_device
+
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+MOST = 2**20  # images that a prediction looks at
+CPU_SIMILARITIES = 2 * 2**30  # bytes of eager similarities that are still measured on a CPU: more takes minutes
+STEPS = 3  # batches measured, the smallest ones
+
+
+def parse_size(text: str) -> int:
+    """ "24GiB" -> bytes. Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    unit = next((factor for name, factor in UNITS.items() if found and name.lower() == found[2].lower()), None)
+    if unit is None or not float(found[1]):
+        raise ValueError(f"--fit must be a size above 0 with a unit, such as 24GiB or 500MB ({', '.join(UNITS)}), got {text!r}")
+    return round(float(found[1]) * unit)
+
+
+@dataclass(frozen=True)
+class Law:
+    """Bytes of a step at a batch: the largest of its parts' polynomials. `parts`: {name: coefficients, constant first}."""
+
+    parts: dict[str, tuple[float, ...]]
+
+    def __call__(self, batch: int) -> float:
+        return max(float(np.polynomial.polynomial.polyval(batch, coefficients)) for coefficients in self.parts.values())
+
+    def largest(self, budget: float) -> int:
+        """The largest batch, up to MOST, for which it and all smaller ones stay within `budget` bytes; 0 where none does."""
+        low, high = 0, 1
+        while high <= MOST and self(high) <= budget:
+            low, high = high, 2 * high
+        high = min(high, MOST + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self(middle) <= budget else (low, middle)
+        return low
+
+    def plus(self, part: str, coefficients: tuple[float, ...]) -> "Law":
+        summed = np.polynomial.polynomial.polyadd(self.parts[part], coefficients)
+        return Law({**self.parts, part: tuple(float(c) for c in summed)})
+
+
+def fit_law(measured: dict[int, dict[str, int]], degree: int) -> tuple[Law, float]:
+    """Least squares through {batch: {part: bytes}}; also the largest |fitted - measured| / measured of any part."""
+    batches = np.array(sorted(measured), dtype=float)
+    parts, worst = {}, 0.0
+    for part in measured[int(batches[0])]:
+        values = np.array([measured[int(batch)][part] for batch in batches], dtype=float)
+        found = np.polynomial.polynomial.polyfit(batches, values, degree)
+        parts[part] = tuple(float(c) for c in found)
+        fitted = np.polynomial.polynomial.polyval(batches, found)
+        worst = max(worst, float(np.max(np.abs(fitted - values) / values)))
+    return Law(parts), worst
+
+
+def fit_batch(config: Config, budget: int, limit: float = 60.0) -> dict:
+    """Predict the largest batch within `budget` bytes: our loss and the eager one, `loss.num_samples` (1000 where that is null) and all pixels.
+
+    limit: seconds that one verification may take; it runs the step at the predicted batch, or at the largest one below it that free memory
+    and `limit` allow, and compares the bytes.
+
+    Returns {"budget_bytes", "batches": measured, "rows": [...]}. A row: loss, num_samples (None: all), source ("measured", or "shapes" for
+    similarities too large to measure), law (bytes by part, coefficients from constant up), residual (relative, of the fit), largest_batch,
+    predicted_bytes (there), and verified: {batch, predicted_bytes, measured_bytes, seconds} or {why_not}.
+    """
+    device = pick_device(config.pretrain.device)
+    if config.pretrain.threads:
+        torch.set_num_threads(config.pretrain.threads)
+    samples = config.loss.num_samples or 1000
+    pixels = int(np.prod(config.data.size))
+    first = 1 if config.loss.per_image else -(-samples // pixels)  # fewer pixels than samples would bend the law
+    batches = range(first, first + STEPS)
+    profiled = Profiled(config, synthetic(config, first), device)
+    rows = []
+    for count in (samples, None):
+        chosen = replace(config, loss=replace(config.loss, num_samples=count))
+        profiled.losses = losses_of(chosen)
+        for which in LOSSES:
+            rows.append(_row(profiled, chosen, which, batches, budget, limit, rows))
+    return {"budget_bytes": budget, "batches": list(batches), "pixels": pixels, "rows": rows}
+
+
+def _row(profiled: Profiled, config: Config, which: str, batches: range, budget: int, limit: float, before: list[dict]) -> dict:
+    count = config.loss.num_samples
+    of_one = similarity_bytes(config.loss, 1, int(np.prod(config.data.size)))
+    quadratic = count is None and of_one > 0 and not config.loss.per_image  # per image: as many matrices as images
+    say(f"measuring {which}, {count or 'all'} pixels")
+    if which == "eager" and not _measurable(COPIES * similarity_bytes(config.loss, batches[-1], profiled.pixels), profiled.device):
+        row = next(row for row in before if row["loss"] == which)  # the same step with few samples; what is beyond them is similarities
+        added = (0.0, 0.0, float(COPIES * of_one)) if quadratic else (0.0, float(COPIES * of_one))
+        law, residual, source, seconds = Law(row["law"]).plus("loss backward", added), row["residual"], "shapes", None
+    else:
+        measured, seconds = {}, 0.0
+        profiled.memory_of(batches[0], which)  # warm
+        for batch in batches:
+            began = time.perf_counter()
+            measured[batch] = profiled.memory_of(batch, which)
+            seconds = time.perf_counter() - began
+        law, residual = fit_law(measured, 2 if which == "eager" and quadratic else 1)
+        source = "measured"
+    largest = law.largest(budget)
+    row = {"loss": which, "num_samples": count, "source": source, "law": law.parts, "residual": residual, "largest_batch": largest}
+    row["predicted_bytes"] = law(max(largest, 1))
+    row["verified"] = _verified(profiled, which, law, largest, batches[-1], seconds, 2 if quadratic else 1, limit)
+    return row
+
+
+def _measurable(similarities: int, device: torch.device) -> bool:
+    most = SHARE * free_bytes(device)
+    return similarities <= (most if device.type == "cuda" else min(most, COPIES * CPU_SIMILARITIES))
+
+
+def _verified(profiled: Profiled, which: str, law: Law, largest: int, measured: int, seconds: float | None, power: int, limit: float) -> dict:
+    """Run the step at the largest batch, or at the largest that is affordable here."""
+    if largest <= measured:
+        return {"why_not": "no batch fits" if not largest else "measured already"}
+    free = SHARE * free_bytes(profiled.device)
+    batch = min(largest, law.largest(free))
+    if seconds is not None:  # a step's time grows with the batch, or with its square; this is the upper bound
+        batch = min(batch, int(measured * (limit / seconds) ** (1 / power)))
+    if batch <= measured or seconds is None:
+        return {"why_not": f"needs {_gib(law(largest))}, {_gib(free)} may be used here" if law(largest) > free else f"takes over {limit:g} s"}
+    began = time.perf_counter()
+    try:
+        peak = max(profiled.memory_of(batch, which).values())
+    except torch.OutOfMemoryError:
+        return {"batch": batch, "predicted_bytes": law(batch), "measured_bytes": None, "seconds": time.perf_counter() - began}
+    return {"batch": batch, "predicted_bytes": law(batch), "measured_bytes": peak, "seconds": time.perf_counter() - began}
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
