@@ -21,7 +21,7 @@ from pix2rep.training import pick_device
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 MOST = 2**20  # images that a prediction looks at
 CPU_SIMILARITIES = 2 * 2**30  # bytes of eager similarities that are still measured on a CPU: more takes minutes
-STEPS = 3  # batches measured, the smallest ones
+BATCHES = (1, 2, 4)  # measured, times the smallest one that has loss.num_samples pixels
 
 
 def parse_size(text: str) -> int:
@@ -58,17 +58,20 @@ class Law:
         return Law({**self.parts, part: tuple(float(c) for c in summed)})
 
 
-def fit_law(measured: dict[int, dict[str, int]], degree: int) -> tuple[Law, float]:
-    """Least squares through {batch: {part: bytes}}; also the largest |fitted - measured| / measured of any part."""
-    batches = np.array(sorted(measured), dtype=float)
-    parts, worst = {}, 0.0
-    for part in measured[int(batches[0])]:
-        values = np.array([measured[int(batch)][part] for batch in batches], dtype=float)
-        found = np.polynomial.polynomial.polyfit(batches, values, degree)
+def fit_law(measured: dict[int, dict[str, int]], degree: int) -> tuple[Law, float | None]:
+    """Polynomials through the largest degree + 1 batches of {batch: {part: bytes}}, and how well they tell the smaller ones.
+
+    A part's peak is the highest of several moments, each a law of its own: convex, so the larger batches say how it goes on. The second
+    value is the largest |fitted - measured| / measured of the batches left over, None where none is.
+    """
+    batches = sorted(measured)
+    used, left = batches[-degree - 1 :], batches[: -degree - 1]
+    parts, errors = {}, []
+    for part in measured[batches[0]]:
+        found = np.polynomial.polynomial.polyfit(used, [measured[batch][part] for batch in used], degree)
         parts[part] = tuple(float(c) for c in found)
-        fitted = np.polynomial.polynomial.polyval(batches, found)
-        worst = max(worst, float(np.max(np.abs(fitted - values) / values)))
-    return Law(parts), worst
+        errors += [abs(np.polynomial.polynomial.polyval(batch, found) / measured[batch][part] - 1) for batch in left]
+    return Law(parts), max(map(float, errors), default=None)
 
 
 def fit_batch(config: Config, budget: int, limit: float = 60.0) -> dict:
@@ -78,7 +81,7 @@ def fit_batch(config: Config, budget: int, limit: float = 60.0) -> dict:
     and `limit` allow, and compares the bytes.
 
     Returns {"budget_bytes", "batches": measured, "rows": [...]}. A row: loss, num_samples (None: all), source ("measured", or "shapes" for
-    similarities too large to measure), law (bytes by part, coefficients from constant up), residual (relative, of the fit), largest_batch,
+    similarities too large to measure), law (bytes by part, coefficients from constant up), residual (of `fit_law`), largest_batch,
     predicted_bytes (there), and verified: {batch, predicted_bytes, measured_bytes, seconds} or {why_not}.
     """
     device = pick_device(config.pretrain.device)
@@ -87,7 +90,7 @@ def fit_batch(config: Config, budget: int, limit: float = 60.0) -> dict:
     samples = config.loss.num_samples or 1000
     pixels = int(np.prod(config.data.size))
     first = 1 if config.loss.per_image else -(-samples // pixels)  # fewer pixels than samples would bend the law
-    batches = range(first, first + STEPS)
+    batches = tuple(first * factor for factor in BATCHES)
     profiled = Profiled(config, synthetic(config, first), device)
     rows = []
     for count in (samples, None):
@@ -95,17 +98,23 @@ def fit_batch(config: Config, budget: int, limit: float = 60.0) -> dict:
         profiled.losses = losses_of(chosen)
         for which in LOSSES:
             rows.append(_row(profiled, chosen, which, batches, budget, limit, rows))
-    return {"budget_bytes": budget, "batches": list(batches), "pixels": pixels, "rows": rows}
+    return {"budget_bytes": budget, "batches": batches, "pixels": pixels, "rows": rows}
 
 
-def _row(profiled: Profiled, config: Config, which: str, batches: range, budget: int, limit: float, before: list[dict]) -> dict:
+def _row(profiled: Profiled, config: Config, which: str, batches: tuple[int, ...], budget: int, limit: float, before: list[dict]) -> dict:
     count = config.loss.num_samples
     of_one = similarity_bytes(config.loss, 1, int(np.prod(config.data.size)))
     quadratic = count is None and of_one > 0 and not config.loss.per_image  # per image: as many matrices as images
     say(f"measuring {which}, {count or 'all'} pixels")
     if which == "eager" and not _measurable(COPIES * similarity_bytes(config.loss, batches[-1], profiled.pixels), profiled.device):
-        row = next(row for row in before if row["loss"] == which)  # the same step with few samples; what is beyond them is similarities
-        added = (0.0, 0.0, float(COPIES * of_one)) if quadratic else (0.0, float(COPIES * of_one))
+        # The same step with few samples, or with our loss: what is beyond it is similarities.
+        row = next((row for row in before if row["loss"] == which and row["source"] == "measured"), before[0])
+        if quadratic:
+            added = (0.0, 0.0, float(COPIES * of_one))
+        elif config.loss.per_image:
+            added = (0.0, float(COPIES * of_one))
+        else:
+            added = (float(COPIES * similarity_bytes(config.loss, batches[-1], profiled.pixels)),)
         law, residual, source, seconds = Law(row["law"]).plus("loss backward", added), row["residual"], "shapes", None
     else:
         measured, seconds = {}, 0.0

@@ -76,7 +76,8 @@ class CpuMemory:
     """(kept, peak) bytes of a part: live at its end, most live within it, both beyond what was live at the start.
 
     The sum of all that PyTorch's allocator gave and took back, as torch.profiler records it: exact bytes of tensors. What C++ takes by
-    malloc is not seen (scratch of the fused kernels and of oneDNN): `resident_bytes` is the cross-check.
+    malloc is not seen (scratch of the fused kernels and of oneDNN): `resident_bytes` is the cross-check. Nor is it seen when a tensor
+    from before the start is freed; a step of training frees none.
     """
 
     def start(self) -> None:

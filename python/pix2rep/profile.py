@@ -157,7 +157,7 @@ def profile_step(
     resident: also the growth of a fresh process (CPU on Linux). snapshot: file for PyTorch's memory viewer, of the first loss (CUDA).
 
     Returns {"standing": bytes by kind, "gradients": bytes, "batch_size", "pixels", "losses": {name: result}}. A result has `parts` (dicts of
-    part, kept_bytes and peak_bytes beyond what stands, seconds, share), `peak_bytes` and `after_bytes` (all tensors, at most and when the
+    part, added_bytes, kept_bytes and peak_bytes beyond what stands, seconds, share), `peak_bytes` and `after_bytes` (all tensors, at most and when the
     step is over), `step_seconds` (median), `images_per_s`, `loss_share`, and `resident_bytes` where asked. An eager loss that the free
     memory cannot hold has `would_need_bytes` instead: what COPIES of its similarities take, from their shape, and nothing else.
     """
@@ -194,10 +194,11 @@ def profile_step(
 def _result(memory: dict[str, tuple[int, int]], times: list[dict[str, float]], standing: int, batch: int) -> dict:
     seconds = {part: statistics.median(taken[part] for taken in times) for part in memory}
     total = sum(seconds.values())
-    parts = [
-        {"part": part, "kept_bytes": kept, "peak_bytes": peak, "seconds": seconds[part], "share": seconds[part] / total}
-        for part, (kept, peak) in memory.items()
-    ]
+    parts, before = [], 0
+    for part, (kept, peak) in memory.items():
+        row = {"part": part, "added_bytes": kept - before, "kept_bytes": kept, "peak_bytes": peak}
+        parts.append(row | {"seconds": seconds[part], "share": seconds[part] / total})
+        before = kept
     step = statistics.median(sum(taken.values()) for taken in times)
     return {
         "parts": parts,

@@ -28,17 +28,17 @@ def show_step(result: dict) -> None:
     table = Table(title=f"one pre-training step, {result['batch_size']} images of {result['pixels']:,} pixels")
     table.add_column("part")
     for which in measured:
-        for name in ("kept", "peak", "time", "share"):
-            table.add_column(f"{which}: {name}" if name == "kept" else name, justify="right")
+        for name in ("adds", "peak", "time", "share"):
+            table.add_column(f"{which}: {name}" if name == "adds" else name, justify="right")
     for kind, count in result["standing"].items():
-        table.add_row(kind, *(["", size(count), "", ""] * len(measured)))
+        table.add_row(kind, *([size(count), "", "", ""] * len(measured)))
     first, *_ = measured.values()
     table.add_section()
     for k, row in enumerate(first["parts"]):
         cells = []
         for entry in measured.values():
             part = entry["parts"][k]
-            cells += [size(part["kept_bytes"]), size(part["peak_bytes"]), f"{1e3 * part['seconds']:.1f} ms", f"{100 * part['share']:.1f} %"]
+            cells += [size(part["added_bytes"]), size(part["peak_bytes"]), f"{1e3 * part['seconds']:.1f} ms", f"{100 * part['share']:.1f} %"]
         table.add_row(row["part"], *cells)
     table.add_section()
     for name, key in (("peak of all", "peak_bytes"), ("after the step", "after_bytes")):
@@ -59,8 +59,9 @@ def show_step(result: dict) -> None:
                 f"{which}: not run, would need {entry['would_need_bytes'] / 1e9:,.0f} GB for the similarities alone"
                 f" ({COPIES} copies of {one / 1e9:,.0f} GB, from their shape)"
             )
-    screen.print(f"gradients: {size(result['gradients'])}, made in backward and given back by the optimiser's part")
-    screen.print(f"kept, peak: beyond the first rows, at the end of a part and at most within it; {result['memory_source']}")
+    screen.print(f"gradients of the parameters: {size(result['gradients'])}, made in backward, given back after the optimiser")
+    screen.print("adds: what is left when a part ends; peak: the most within it, beyond parameters, buffers, optimiser state and images")
+    screen.print(f"counted: {result['memory_source']}")
 
 
 def show_fit(result: dict) -> None:
@@ -78,7 +79,7 @@ def show_fit(result: dict) -> None:
         table.add_row(f"{row['num_samples'] or 'all'}", row["loss"], f"{row['largest_batch']:,}", needs, source, *cells)
     screen = table_console()
     screen.print(table)
-    screen.print(f"predictions count {result['memory_source']}")
+    screen.print(f"counted: {result['memory_source']}")
 
 
 def surroundings(config: Config) -> dict:

@@ -1,0 +1,83 @@
+"""A pre-training step: images/s, peak memory and the loss's share, with few and with all pixels, by objective and network.
+
+`python -m benchmarks.step [--json FILE] [--large]`; the step and its parts are those of `pix2rep profile`. The all-pixel InfoNCE of the
+larger network at its full batch compares 262,144 rows: minutes on two cores, so it runs at batch 2 unless --large is given.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from benchmarks import harness
+from pix2rep.config import Config, load
+from pix2rep.profile import profile_step
+
+NETWORKS = {
+    "demo 96x96": load("demo", ["data.size=96,96"]),
+    "BasicUNet 128x128": load(
+        None, ["data.size=128,128", "network.channels=32,32,64,128,256", "network.features=32", "network.projection=64"]
+    ),
+}
+SAMPLES = (1000, 4096, None)
+SMALL = 2  # images of an all-pixel InfoNCE of the larger network
+
+
+def batches(name: str, config: Config, large: bool) -> dict[int, tuple[tuple[str, int | None], ...]]:
+    """{batch: [(objective, num_samples)]}: the full batch, and a small one, with its own 1000 samples, for what would take minutes."""
+    every = tuple((objective, samples) for objective in ("infonce", "barlow") for samples in SAMPLES)
+    if large or name != "BasicUNet 128x128":
+        return {config.pretrain.batch_size: every}
+    dear = ("infonce", None)
+    return {config.pretrain.batch_size: tuple(case for case in every if case != dear), SMALL: (("infonce", 1000), dear)}
+
+
+def measure(asked) -> Iterator[dict]:
+    for name, config in NETWORKS.items():
+        for batch, cases in batches(name, config, asked.large).items():
+            for objective, samples in cases:
+                loss = replace(config.loss, objective=objective, num_samples=samples)
+                chosen = replace(config, loss=loss, pretrain=replace(config.pretrain, batch_size=batch, device="cpu", threads=asked.threads))
+                result = profile_step(chosen, repeats=asked.repeats, limit=asked.limit, resident=True)
+                yield from rows(name, chosen, result)
+
+
+def rows(name: str, config: Config, result: dict) -> Iterator[dict]:
+    standing = sum(result["standing"].values())
+    for which, entry in result["losses"].items():
+        row = {
+            "network": name, "B": config.pretrain.batch_size, "objective": config.loss.objective, "num_samples": config.loss.num_samples,
+            "pixels": result["batch_size"] * result["pixels"], "D": config.network.projection, "loss": which,
+        }  # fmt: skip
+        if "would_need_bytes" in entry:
+            yield row | {"would_need_GB": entry["would_need_bytes"] / 1e9}
+            continue
+        kept = ("images_per_s", "loss_share", "step_seconds", "timed_steps")
+        parts = {part["part"]: [part["added_bytes"], part["peak_bytes"], part["seconds"]] for part in entry["parts"]}
+        yield row | {key: entry[key] for key in kept} | {
+            "peak_MiB": entry["peak_bytes"] / 2**20, "standing_MiB": standing / 2**20, "resident_growth_MiB": entry["resident_bytes"] / 2**20,
+            "parts_bytes_bytes_seconds": parts,
+        }  # fmt: skip
+
+
+def line(r: dict) -> str:
+    name = f"{r['network']:18} B={r['B']} {r['objective']:8}{str(r['num_samples'] or 'all'):>6} {r['loss']:6}"
+    if "would_need_GB" in r:
+        return f"{name}would need {r['would_need_GB']:,.0f} GB for its similarities"
+    return (
+        f"{name}{r['images_per_s']:9.2f}{100 * r['loss_share']:8.1f} %{r['peak_MiB']:10.0f}"
+        f"{r['resident_growth_MiB'] + r['standing_MiB']:10.0f}{r['timed_steps']:7}"
+    )
+
+
+HEADER = f"{'':49}images/s  loss's    peak MiB  resident  steps"
+
+
+def main():
+    parser = harness.parser(__doc__)
+    parser.add_argument("--large", action="store_true", help="all-pixel InfoNCE of the larger network at its full batch")
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds that the timing of a row may take")
+    asked = harness.start(parser)
+    harness.tabulate(asked, HEADER, measure(asked), line)
+
+
+if __name__ == "__main__":
+    main()
