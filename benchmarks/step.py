@@ -1,9 +1,11 @@
 """A pre-training step: images/s, peak memory and the loss's share, with few and with all pixels, by objective and network.
 
-`python -m benchmarks.step [--json FILE] [--large]`; the step and its parts are those of `pix2rep profile`. The all-pixel InfoNCE of the
-larger network at its full batch compares 262,144 rows: minutes on two cores, so it runs at batch 2 unless --large is given.
+`python -m benchmarks.step [--json FILE] [--large] [--resident]`; the step and its parts are those of `pix2rep profile`. InfoNCE over all
+pixels of a full batch compares 147,456 or 262,144 rows with each other: minutes on two cores, so it runs at batch 2 unless --large is given,
+beside 1000 samples at that batch.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -18,25 +20,23 @@ NETWORKS = {
     ),
 }
 SAMPLES = (1000, 4096, None)
-SMALL = 2  # images of an all-pixel InfoNCE of the larger network
+SMALL = 2  # images of an all-pixel InfoNCE
 
 
-def batches(name: str, config: Config, large: bool) -> dict[int, tuple[tuple[str, int | None], ...]]:
-    """{batch: [(objective, num_samples)]}: the full batch, and a small one, with its own 1000 samples, for what would take minutes."""
-    every = tuple((objective, samples) for objective in ("infonce", "barlow") for samples in SAMPLES)
-    if large or name != "BasicUNet 128x128":
-        return {config.pretrain.batch_size: every}
+def batches(full: int, large: bool) -> dict[int, list[tuple[str, int | None]]]:
+    """{batch: [(objective, num_samples)]}: the full batch, and a small one for what would take minutes."""
+    every = [(objective, samples) for objective in ("infonce", "barlow") for samples in SAMPLES]
     dear = ("infonce", None)
-    return {config.pretrain.batch_size: tuple(case for case in every if case != dear), SMALL: (("infonce", 1000), dear)}
+    return {full: every} if large else {full: [case for case in every if case != dear], SMALL: [("infonce", 1000), dear]}
 
 
 def measure(asked) -> Iterator[dict]:
     for name, config in NETWORKS.items():
-        for batch, cases in batches(name, config, asked.large).items():
+        for batch, cases in batches(config.pretrain.batch_size, asked.large).items():
             for objective, samples in cases:
                 loss = replace(config.loss, objective=objective, num_samples=samples)
                 chosen = replace(config, loss=loss, pretrain=replace(config.pretrain, batch_size=batch, device="cpu", threads=asked.threads))
-                result = profile_step(chosen, repeats=asked.repeats, limit=asked.limit, resident=True)
+                result = profile_step(chosen, repeats=asked.repeats, limit=asked.limit, resident=asked.resident)
                 yield from rows(name, chosen, result)
 
 
@@ -45,7 +45,7 @@ def rows(name: str, config: Config, result: dict) -> Iterator[dict]:
     for which, entry in result["losses"].items():
         row = {
             "network": name, "B": config.pretrain.batch_size, "objective": config.loss.objective, "num_samples": config.loss.num_samples,
-            "pixels": result["batch_size"] * result["pixels"], "D": config.network.projection, "loss": which,
+            "pixels": result["batch_size"] * result["pixels"], "D": config.network.projection, "loss": which, "load": os.getloadavg()[0],
         }  # fmt: skip
         if "would_need_bytes" in entry:
             yield row | {"would_need_GB": entry["would_need_bytes"] / 1e9}
@@ -53,8 +53,8 @@ def rows(name: str, config: Config, result: dict) -> Iterator[dict]:
         kept = ("images_per_s", "loss_share", "step_seconds", "timed_steps")
         parts = {part["part"]: [part["added_bytes"], part["peak_bytes"], part["seconds"]] for part in entry["parts"]}
         yield row | {key: entry[key] for key in kept} | {
-            "peak_MiB": entry["peak_bytes"] / 2**20, "standing_MiB": standing / 2**20, "resident_growth_MiB": entry["resident_bytes"] / 2**20,
-            "parts_bytes_bytes_seconds": parts,
+            "peak_MiB": entry["peak_bytes"] / 2**20, "standing_MiB": standing / 2**20, "parts_added_peak_seconds": parts,
+            **({"resident_growth_MiB": entry["resident_bytes"] / 2**20} if "resident_bytes" in entry else {}),
         }  # fmt: skip
 
 
@@ -62,18 +62,17 @@ def line(r: dict) -> str:
     name = f"{r['network']:18} B={r['B']} {r['objective']:8}{str(r['num_samples'] or 'all'):>6} {r['loss']:6}"
     if "would_need_GB" in r:
         return f"{name}would need {r['would_need_GB']:,.0f} GB for its similarities"
-    return (
-        f"{name}{r['images_per_s']:9.2f}{100 * r['loss_share']:8.1f} %{r['peak_MiB']:10.0f}"
-        f"{r['resident_growth_MiB'] + r['standing_MiB']:10.0f}{r['timed_steps']:7}"
-    )
+    grown = f"{r['resident_growth_MiB'] + r['standing_MiB']:10.0f}" if "resident_growth_MiB" in r else f"{'':10}"
+    return f"{name}{r['images_per_s']:9.2f}{100 * r['loss_share']:8.1f} %{r['peak_MiB']:10.0f}{grown}{r['timed_steps']:7}{r['load']:7.1f}"
 
 
-HEADER = f"{'':49}images/s  loss's    peak MiB  resident  steps"
+HEADER = f"{'':49}images/s  loss's    peak MiB  resident  steps   load"
 
 
 def main():
     parser = harness.parser(__doc__)
-    parser.add_argument("--large", action="store_true", help="all-pixel InfoNCE of the larger network at its full batch")
+    parser.add_argument("--large", action="store_true", help="all-pixel InfoNCE at the full batch")
+    parser.add_argument("--resident", action="store_true", help="also the growth of a fresh process, for each row")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds that the timing of a row may take")
     asked = harness.start(parser)
     harness.tabulate(asked, HEADER, measure(asked), line)
