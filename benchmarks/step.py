@@ -6,11 +6,13 @@ beside 1000 samples at that batch.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 from benchmarks import harness
 from pix2rep.config import Config, load
+from pix2rep.meter import CpuSeconds
 from pix2rep.profile import profile_step
 
 NETWORKS = {
@@ -45,7 +47,8 @@ def rows(name: str, config: Config, result: dict) -> Iterator[dict]:
     for which, entry in result["losses"].items():
         row = {
             "network": name, "B": config.pretrain.batch_size, "objective": config.loss.objective, "num_samples": config.loss.num_samples,
-            "pixels": result["batch_size"] * result["pixels"], "D": config.network.projection, "loss": which, "load": os.getloadavg()[0],
+            "pixels": result["batch_size"] * result["pixels"], "D": config.network.projection, "loss": which,
+            "clock": CpuSeconds.clock.__name__, "load": os.getloadavg()[0],
         }  # fmt: skip
         if "would_need_bytes" in entry:
             yield row | {"would_need_GB": entry["would_need_bytes"] / 1e9}
@@ -74,7 +77,10 @@ def main():
     parser.add_argument("--large", action="store_true", help="all-pixel InfoNCE at the full batch")
     parser.add_argument("--resident", action="store_true", help="also the growth of a fresh process, for each row")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds that the timing of a row may take")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the CPU, not of the wall: for a busy machine, with --threads 1")
     asked = harness.start(parser)
+    if asked.cpu_time:
+        CpuSeconds.clock = staticmethod(time.process_time)
     harness.tabulate(asked, HEADER, measure(asked), line)
 
 

@@ -13,9 +13,9 @@ import torch
 
 from pix2rep.config import Config
 from pix2rep.log import say
-from pix2rep.meter import free_bytes
+from pix2rep.meter import usable_bytes
 from pix2rep.plain import COPIES, similarity_bytes
-from pix2rep.profile import LOSSES, SHARE, Profiled, losses_of, synthetic
+from pix2rep.profile import LOSSES, Profiled, losses_of, synthetic
 from pix2rep.training import pick_device
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -133,20 +133,23 @@ def _row(profiled: Profiled, config: Config, which: str, batches: tuple[int, ...
 
 
 def _measurable(similarities: int, device: torch.device) -> bool:
-    most = SHARE * free_bytes(device)
+    most = usable_bytes(device)
     return similarities <= (most if device.type == "cuda" else min(most, COPIES * CPU_SIMILARITIES))
 
 
 def _verified(profiled: Profiled, which: str, law: Law, largest: int, measured: int, seconds: float | None, power: int, limit: float) -> dict:
-    """Run the step at the largest batch, or at the largest that is affordable here."""
+    """Run the step at the largest batch, or at the largest that is affordable here. `seconds`: of the step at the batch `measured`."""
+    if not largest:
+        return {"why_not": "no batch fits"}
+    if seconds is None:
+        return {"why_not": "too large to measure here"}
     if largest <= measured:
-        return {"why_not": "no batch fits" if not largest else "measured already"}
-    free = SHARE * free_bytes(profiled.device)
-    batch = min(largest, law.largest(free))
-    if seconds is not None:  # a step's time grows with the batch, or with its square; this is the upper bound
-        batch = min(batch, int(measured * (limit / seconds) ** (1 / power)))
-    if batch <= measured or seconds is None:
-        return {"why_not": f"needs {_gib(law(largest))}, {_gib(free)} may be used here" if law(largest) > free else f"takes over {limit:g} s"}
+        return {"why_not": f"batch {measured} is measured"}
+    in_memory = law.largest(usable_bytes(profiled.device))
+    in_time = int(measured * (limit / seconds) ** (1 / power))  # time grows with the batch, or at most with its square
+    batch = min(largest, in_memory, in_time)
+    if batch <= measured:
+        return {"why_not": f"too little memory here for over {in_memory}" if in_memory <= measured else f"would take over {limit:g} s"}
     began = time.perf_counter()
     try:
         peak = max(profiled.memory_of(batch, which).values())

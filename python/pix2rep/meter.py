@@ -40,13 +40,15 @@ class Meter:
 
 
 class CpuSeconds:
-    """Wall-clock seconds of a part."""
+    """Seconds of a part by the wall clock (or by `time.process_time`: of the CPU, over all threads, where others keep the machine busy)."""
+
+    clock = staticmethod(time.perf_counter)
 
     def start(self) -> None:
         self._at = []
 
     def stamp(self) -> None:
-        self._at.append(time.perf_counter())
+        self._at.append(self.clock())
 
     def stop(self) -> list[float]:
         return [after - before for before, after in zip(self._at, self._at[1:], strict=False)]
@@ -133,22 +135,20 @@ def time_source(device: torch.device) -> CpuSeconds | CudaSeconds:
     return CudaSeconds(device) if device.type == "cuda" else CpuSeconds()
 
 
-def free_bytes(device: torch.device) -> int:
-    """What could still be allocated on the device, or by the processes of this machine."""
+def usable_bytes(device: torch.device) -> int:
+    """What a measurement may take: nine tenths of a GPU's free memory, half of what the machine has available (others work there too)."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if found := _field("/proc/meminfo", "MemAvailable"):
-        return found
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no /proc: half of the memory, for lack of a better word
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, unused
+        return (free + held) * 9 // 10
+    available = _field("/proc/meminfo", "MemAvailable")
+    return (available or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
 
 
-def resident_bytes() -> tuple[int, int]:
-    """(now, most so far) of this process's resident memory. Raises RuntimeError where there is no /proc."""
+def resident_bytes() -> tuple[int, int] | None:
+    """(now, most so far) of this process's resident memory, None but on Linux. (`ru_maxrss` would not do: a child starts with its parent's.)"""
     now, most = _field("/proc/self/status", "VmRSS"), _field("/proc/self/status", "VmHWM")
-    if now is None or most is None:
-        raise RuntimeError("resident memory must be readable in /proc/self/status, which only Linux has")
-    return now, most
+    return None if now is None or most is None else (now, most)
 
 
 def _field(path: str, name: str) -> int | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pix2rep.config import Config, from_dict, to_dict
-from pix2rep.meter import Meter, Snapshot, free_bytes, memory_source, resident_bytes, time_source
+from pix2rep.meter import Meter, Snapshot, memory_source, resident_bytes, time_source, usable_bytes
 from pix2rep.methods import build_method
 from pix2rep.plain import COPIES, PlainLoss, similarity_bytes
 from pix2rep.training import Training, pick_device
@@ -31,7 +31,6 @@ PARTS = (
     "views", "backbone, view 1", "head, view 1", "backbone, view 2", "head, view 2",
     "loss forward", "loss backward", "networks backward, view 2", "networks backward, view 1", "optimiser",
 )  # fmt: skip
-SHARE = 0.8  # of the free memory that a measurement may want
 
 
 class Profiled:
@@ -53,15 +52,21 @@ class Profiled:
         networks, loss = training.networks, training.method.loss
         training.networks = tuple(_marked(name, net, mark) for name, net in zip(("backbone", "head"), networks, strict=True))
         training.method.loss = partial(_loss, self.losses[which], mark)
-        hook = training.optimizer.register_step_pre_hook(lambda *_: mark("optimiser"))
+        update = training.scaler.step
+
+        def marked_update(optimizer):
+            mark("optimiser")
+            return update(optimizer)
+
+        training.scaler.step = marked_update
         try:
             mark("views")
             training.step(self.steps % training.config.pretrain.steps, repeat(self.images), monitor=False)
         finally:
             training.networks, training.method.loss = networks, loss
+            del training.scaler.step  # the method shows again
             training.pending.clear()
             training.optimizer.zero_grad()
-            hook.remove()
         self.steps += 1
 
     @property
@@ -159,7 +164,7 @@ def profile_step(
     Returns {"standing": bytes by kind, "gradients": bytes, "batch_size", "pixels", "losses": {name: result}}. A result has `parts` (dicts of
     part, added_bytes, kept_bytes and peak_bytes beyond what stands, seconds, share), `peak_bytes` and `after_bytes` (all tensors, at most and when the
     step is over), `step_seconds` (median), `images_per_s`, `loss_share`, and `resident_bytes` where asked. An eager loss that the free
-    memory cannot hold has `would_need_bytes` instead: what COPIES of its similarities take, from their shape, and nothing else.
+    memory cannot hold (`usable_bytes`) has `would_need_bytes` instead: what COPIES of its similarities take, from their shape, and nothing else.
     """
     device = pick_device(config.pretrain.device)
     recorder = Snapshot(Path(snapshot), device) if snapshot else None
@@ -170,7 +175,7 @@ def profile_step(
     results, times = {}, {}
     for which in losses:
         needed = COPIES * similarity_bytes(config.loss, batch, pixels) if which == "eager" else 0
-        if needed > SHARE * free_bytes(device):
+        if needed > usable_bytes(device):
             results[which] = {"would_need_bytes": needed}
             continue
         profiled.step(which)  # warm: oneDNN's and cuDNN's choices, the optimiser's state
@@ -185,7 +190,7 @@ def profile_step(
     standing = profiled.standing()
     for which, taken in times.items():
         results[which] = _result(results[which]["memory"], taken, sum(standing.values()), batch)
-        if resident and device.type == "cpu":
+        if resident and device.type == "cpu" and resident_bytes():
             results[which] |= in_fresh_process(profiled.config, which)
     gradients = _bytes(profiled.training.parameters)
     return {"batch_size": batch, "pixels": pixels, "standing": standing, "gradients": gradients, "losses": results}
@@ -230,8 +235,9 @@ def child() -> None:
     profiled = Profiled(config, synthetic(config, 1), device)
     profiled.step("ours")  # libraries, threads, the optimiser's state
     profiled.images = synthetic(config, config.pretrain.batch_size)
-    before, _ = resident_bytes()
+    now, _ = resident_bytes()
     profiled.step(asked["which"])
-    print(json.dumps({"resident_bytes": resident_bytes()[1] - before}))
+    _, most = resident_bytes()
+    print(json.dumps({"resident_bytes": most - now}))
 
 

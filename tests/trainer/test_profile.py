@@ -14,10 +14,11 @@ from pix2rep.config import load
 from pix2rep.fit import Law, fit_batch, fit_law, parse_size
 from pix2rep.meter import CpuMemory, CpuSeconds, CudaMemory, CudaSeconds, Meter, Snapshot
 from pix2rep.plain import COPIES, PlainLoss, similarity_bytes
-from pix2rep.profile import PARTS, Profiled, in_fresh_process, profile_step, synthetic
+from pix2rep.profile import PARTS, Profiled, images_of, in_fresh_process, profile_step, synthetic
 from pix2rep.training import Training
 from pix2rep_kernels import Pix2RepLoss
 from pix2rep_kernels.testing import error, tolerance
+from volumes import dataset
 
 TINY = (
     "data.size=32,32 network.channels=4,4,8,8,8 network.features=8 network.head_hidden=8 network.projection=8 loss.num_samples=64"
@@ -62,6 +63,17 @@ def test_parts_sum_to_the_total(which):
     assert 0 <= scalars <= 16  # the loss, and its detached copy for the log
     # At full resolution two convolutions to 4 channels and two to 8, each kept before its batch norm and after its activation.
     assert parts["backbone, view 1"][0] - parts["views"][0] > 4 * 32 * 32 * (2 * 2 * 4 + 2 * 2 * 8)
+
+
+def test_parts_in_mixed_precision():
+    made = profiled("pretrain.amp=fp16", "pretrain.clip_grad=1", "loss.objective=barlow")
+    assert tuple(made.seconds("ours")) == tuple(made.seconds("eager")) == PARTS
+
+
+def test_batch_of_a_folder(tmp_path):
+    dataset(tmp_path, patients=3)
+    images = images_of(tmp_path, load(None, [*TINY, "pretrain.batch_size=2"]))
+    assert images.shape == (2, 1, 32, 32) and 0 <= images.min() < images.max() <= 1
 
 
 def test_eager_stores_the_similarities_and_ours_does_not():
@@ -163,7 +175,7 @@ def test_predicted_batch_is_what_a_larger_step_takes(monkeypatch):
 
 
 def test_eager_that_does_not_fit_is_stated(monkeypatch):
-    monkeypatch.setattr(profile, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(profile, "usable_bytes", lambda device: 2**20)
     result = profile_step(load(None, [*TINY, "loss.num_samples=null"]), repeats=1)
     assert result["losses"]["eager"] == {"would_need_bytes": COPIES * 4 * 2048**2}
     assert result["losses"]["ours"]["peak_bytes"] > 0
