@@ -99,17 +99,25 @@ def profile(
 ) -> None:
     """Show where the memory and the time of a pre-training step go, or which batch fits.
 
-    Runs the step that `pretrain` would run with the same options, on noise unless --data is given, once with the fused loss ("ours") and
-    once with the papers' plain PyTorch formula ("eager"), and prints a row for every part: views, backbone, head, loss, backward,
-    optimiser. The eager loss stores an N x N matrix; where free memory cannot hold it, its bytes are stated from its shape.
+    Runs the step that `pretrain` would run with the same options, on noise
+    unless --data is given, once with the fused loss ("ours") and once with
+    the papers' plain PyTorch formula ("eager"). Prints a row for every part
+    (views, backbone, head, loss, backward, optimiser): the bytes it leaves
+    behind, the most within it, its time and share. The eager InfoNCE stores
+    the similarities of all pixels with all; where memory cannot hold them,
+    their bytes are stated from the shape.
 
-    With --fit SIZE the step is measured at three small batches, a law is fitted to each part's peak, and the largest batch within SIZE is
-    predicted for both losses, with loss.num_samples pixels (1000 where that is null) and with all. The step is then run at the predicted
-    batch, or as near to it as free memory and --limit allow, and the measured bytes stand beside the predicted ones.
+    With --fit SIZE the step is measured at three small batches, every part's
+    peak gets a law, and the largest batch within SIZE is predicted for both
+    losses, with loss.num_samples pixels (1000 where that is null) and with
+    all. The step is then run at the predicted batch, or as near to it as the
+    memory here and --limit allow: measured bytes stand beside predicted ones.
 
-    Memory is that of PyTorch's tensors. Leave room for what is not: on a GPU the CUDA context and fragmentation, on a CPU the libraries.
+    Memory is that of PyTorch's tensors. Leave room for the rest: on a GPU the
+    CUDA context and fragmentation, on a CPU the libraries and their scratch.
 
-    Examples: pix2rep profile --config pix2rep_v1 loss.num_samples=null --json step.json;
+    pix2rep profile --config pix2rep_v1 loss.num_samples=null --json step.json
+
     pix2rep profile --fit 24GiB data.size=128,128 pretrain.amp=off
     """
     if fit is not None and (snapshot or data):

@@ -135,6 +135,11 @@ def time_source(device: torch.device) -> CpuSeconds | CudaSeconds:
     return CudaSeconds(device) if device.type == "cuda" else CpuSeconds()
 
 
+def allocated_bytes(device: torch.device) -> int | None:
+    """All that PyTorch has given out on a CUDA device; None on the CPU, where nobody counts."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
 def usable_bytes(device: torch.device) -> int:
     """What a measurement may take: nine tenths of a GPU's free memory, half of what the machine has available (others work there too)."""
     if device.type == "cuda":

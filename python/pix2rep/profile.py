@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pix2rep.config import Config, from_dict, to_dict
-from pix2rep.meter import Meter, Snapshot, memory_source, resident_bytes, time_source, usable_bytes
+from pix2rep.meter import Meter, Snapshot, allocated_bytes, memory_source, resident_bytes, time_source, usable_bytes
 from pix2rep.methods import build_method
 from pix2rep.plain import COPIES, PlainLoss, similarity_bytes
 from pix2rep.training import Training, pick_device
@@ -79,12 +79,14 @@ class Profiled:
         training = self.training
         networks = (training.backbone, training.head)
         states = [value for state in training.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        return {
+        found = {
             "parameters": _bytes(training.parameters),
             "buffers": _bytes(buffer for net in networks for buffer in net.buffers()),
             "optimiser state": _bytes(states),
             "images": _bytes([self.images]),
         }
+        allocated = allocated_bytes(self.device)
+        return found if allocated is None else found | {"workspaces and rounding": allocated - sum(found.values())}
 
     def memory(self, which: str) -> dict[str, tuple[int, int]]:
         """{part: (kept, peak)}, bytes beyond `standing`, of one step."""

@@ -54,10 +54,10 @@ def show_step(result: dict) -> None:
         )
     for which, entry in result["losses"].items():
         if "would_need_bytes" in entry:
-            one = entry["would_need_bytes"] / COPIES
+            one = entry["would_need_bytes"] // COPIES
             screen.print(
-                f"{which}: not run, would need {entry['would_need_bytes'] / 1e9:,.0f} GB for the similarities alone"
-                f" ({COPIES} copies of {one / 1e9:,.0f} GB, from their shape)"
+                f"{which}: not run, would need {decimal(entry['would_need_bytes'])} for the similarities alone"
+                f" ({COPIES} copies of {decimal(one)}, from their shape)"
             )
     screen.print(f"gradients of the parameters: {size(result['gradients'])}, made in backward, given back after the optimiser")
     screen.print("adds: what is left when a part ends; peak: the most within it, beyond parameters, buffers, optimiser state and images")
@@ -105,3 +105,9 @@ def size(count: float) -> str:
         if abs(count) >= factor:
             return f"{count / factor:.2f} {unit}" if count < 10 * factor else f"{count / factor:,.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def decimal(count: int) -> str:
+    """Bytes in the units that memory is sold in."""
+    unit, factor = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
+    return f"{count / factor:,.1f} {unit}" if count < 10 * factor else f"{count / factor:,.0f} {unit}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pix2rep import fit, meter, profile
+from pix2rep import fit, meter, profile, profile_report
 from pix2rep.cli import app
 from pix2rep.config import load
 from pix2rep.fit import Law, fit_batch, fit_law, parse_size
@@ -63,6 +63,13 @@ def test_parts_sum_to_the_total(which):
     assert 0 <= scalars <= 16  # the loss, and its detached copy for the log
     # At full resolution two convolutions to 4 channels and two to 8, each kept before its batch norm and after its activation.
     assert parts["backbone, view 1"][0] - parts["views"][0] > 4 * 32 * 32 * (2 * 2 * 4 + 2 * 2 * 8)
+
+
+def test_what_a_gpu_holds_beside_the_tensors_is_named(monkeypatch):
+    made = profiled()
+    known = sum(made.standing().values())
+    monkeypatch.setattr(profile, "allocated_bytes", lambda device: known + 512)
+    assert made.standing()["workspaces and rounding"] == 512
 
 
 def test_parts_in_mixed_precision():
@@ -174,11 +181,13 @@ def test_predicted_batch_is_what_a_larger_step_takes(monkeypatch):
     assert dear["predicted_bytes"] == pytest.approx(max(made.memory_of(1, "eager").values()), rel=0.05)
 
 
-def test_eager_that_does_not_fit_is_stated(monkeypatch):
+def test_eager_that_does_not_fit_is_stated(monkeypatch, capsys):
     monkeypatch.setattr(profile, "usable_bytes", lambda device: 2**20)
     result = profile_step(load(None, [*TINY, "loss.num_samples=null"]), repeats=1)
     assert result["losses"]["eager"] == {"would_need_bytes": COPIES * 4 * 2048**2}
     assert result["losses"]["ours"]["peak_bytes"] > 0
+    profile_report.show_step({"memory_source": "bytes"} | result)
+    assert "eager: not run, would need 50 MB for the similarities alone (3 copies of 17 MB" in capsys.readouterr().out
 
 
 def pix2rep(*arguments):
