@@ -21,6 +21,8 @@ from pix2rep.training import pick_device
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 MOST = 2**20  # images that a prediction looks at
 CPU_SIMILARITIES = 2 * 2**30  # bytes of eager similarities that are still measured on a CPU: more takes minutes
+ROUNDS = 4  # of checking a prediction, and correcting the law by what was measured instead
+CLOSE = 0.01  # relative: a prediction that holds
 BATCHES = (1, 2, 4)  # measured, times the smallest one that has loss.num_samples pixels
 
 
@@ -77,12 +79,12 @@ def fit_law(measured: dict[int, dict[str, int]], degree: int) -> tuple[Law, floa
 def fit_batch(config: Config, budget: int, limit: float = 60.0) -> dict:
     """Predict the largest batch within `budget` bytes: our loss and the eager one, `loss.num_samples` (1000 where that is null) and all pixels.
 
-    limit: seconds that one verification may take; it runs the step at the predicted batch, or at the largest one below it that free memory
-    and `limit` allow, and compares the bytes.
+    limit: seconds that one check may take. It runs the step at the predicted batch, or at the largest one below it that free memory and
+    `limit` allow; where the bytes differ by more than CLOSE, they enter the law, and the new prediction is checked, up to ROUNDS times.
 
-    Returns {"budget_bytes", "batches": measured, "rows": [...]}. A row: loss, num_samples (None: all), source ("measured", or "shapes" for
-    similarities too large to measure), law (bytes by part, coefficients from constant up), residual (of `fit_law`), largest_batch,
-    predicted_bytes (there), and verified: {batch, predicted_bytes, measured_bytes, seconds} or {why_not}.
+    Returns {"budget_bytes", "pixels", "rows": [...]}. A row: loss, num_samples (None: all), source ("measured", or "shapes" for similarities
+    too large to measure), measured (batches), law ({part: coefficients, constant first}, bytes), residual (of `fit_law`), largest_batch,
+    predicted_bytes (there; for one image where none fits), verified: {batch, predicted_bytes, measured_bytes (None: out of memory)} or {why_not}.
     """
     device = pick_device(config.pretrain.device)
     if config.pretrain.threads:
@@ -98,7 +100,7 @@ def fit_batch(config: Config, budget: int, limit: float = 60.0) -> dict:
         profiled.losses = losses_of(chosen)
         for which in LOSSES:
             rows.append(_row(profiled, chosen, which, batches, budget, limit, rows))
-    return {"budget_bytes": budget, "batches": batches, "pixels": pixels, "rows": rows}
+    return {"budget_bytes": budget, "pixels": pixels, "rows": rows}
 
 
 def _row(profiled: Profiled, config: Config, which: str, batches: tuple[int, ...], budget: int, limit: float, before: list[dict]) -> dict:
@@ -115,21 +117,23 @@ def _row(profiled: Profiled, config: Config, which: str, batches: tuple[int, ...
             added = (0.0, float(COPIES * of_one))
         else:
             added = (float(COPIES * similarity_bytes(config.loss, batches[-1], profiled.pixels)),)
-        law, residual, source, seconds = Law(row["law"]).plus("loss backward", added), row["residual"], "shapes", None
+        law, residual, source = Law(row["law"]).plus("loss backward", added), row["residual"], "shapes"
+        largest = law.largest(budget)
+        verified = {"why_not": "too large to measure here" if largest else "no batch fits"}
     else:
-        measured, seconds = {}, 0.0
+        degree, source = 2 if which == "eager" and quadratic else 1, "measured"
+        runs = _Runs(profiled, which)
         profiled.memory_of(batches[0], which)  # warm
         for batch in batches:
-            began = time.perf_counter()
-            measured[batch] = profiled.memory_of(batch, which)
-            seconds = time.perf_counter() - began
-        law, residual = fit_law(measured, 2 if which == "eager" and quadratic else 1)
-        source = "measured"
-    largest = law.largest(budget)
+            runs(batch)
+        for _ in range(ROUNDS):
+            law, residual = fit_law(runs.parts, degree)
+            largest = law.largest(budget)
+            verified = _verified(runs, law, largest, 2 if quadratic else 1, limit)
+            if "why_not" in verified or not verified["measured_bytes"] or abs(verified["measured_bytes"] / verified["predicted_bytes"] - 1) < CLOSE:
+                break
     row = {"loss": which, "num_samples": count, "source": source, "law": law.parts, "residual": residual, "largest_batch": largest}
-    row["predicted_bytes"] = law(max(largest, 1))
-    row["verified"] = _verified(profiled, which, law, largest, batches[-1], seconds, 2 if quadratic else 1, limit)
-    return row
+    return row | {"measured": sorted(runs.parts) if source == "measured" else [], "predicted_bytes": law(max(largest, 1)), "verified": verified}
 
 
 def _measurable(similarities: int, device: torch.device) -> bool:
@@ -137,26 +141,30 @@ def _measurable(similarities: int, device: torch.device) -> bool:
     return similarities <= (most if device.type == "cuda" else min(most, COPIES * CPU_SIMILARITIES))
 
 
-def _verified(profiled: Profiled, which: str, law: Law, largest: int, measured: int, seconds: float | None, power: int, limit: float) -> dict:
-    """Run the step at the largest batch, or at the largest that is affordable here. `seconds`: of the step at the batch `measured`."""
+class _Runs:
+    """Steps run so far: {batch: {part: bytes}} and {batch: seconds}."""
+
+    def __init__(self, profiled: Profiled, which: str):
+        self.profiled, self.which, self.parts, self.seconds = profiled, which, {}, {}
+
+    def __call__(self, batch: int) -> dict[str, int]:
+        if batch not in self.parts:
+            began = time.perf_counter()
+            self.parts[batch] = self.profiled.memory_of(batch, self.which)
+            self.seconds[batch] = time.perf_counter() - began
+        return self.parts[batch]
+
+
+def _verified(runs: _Runs, law: Law, largest: int, power: int, limit: float) -> dict:
+    """Run the step at the largest batch, or at the largest that is affordable here."""
     if not largest:
         return {"why_not": "no batch fits"}
-    if seconds is None:
-        return {"why_not": "too large to measure here"}
-    if largest <= measured:
-        return {"why_not": f"batch {measured} is measured"}
-    in_memory = law.largest(usable_bytes(profiled.device))
-    in_time = int(measured * (limit / seconds) ** (1 / power))  # time grows with the batch, or at most with its square
-    batch = min(largest, in_memory, in_time)
-    if batch <= measured:
-        return {"why_not": f"too little memory here for over {in_memory}" if in_memory <= measured else f"would take over {limit:g} s"}
-    began = time.perf_counter()
+    measured = max(runs.parts)
+    in_memory = law.largest(usable_bytes(runs.profiled.device))
+    in_time = int(measured * (limit / runs.seconds[measured]) ** (1 / power))  # time grows with the batch, or at most with its square
+    batch = min(largest, max(measured, min(in_memory, in_time)))
+    result = {"batch": batch, "predicted_bytes": law(batch), "measured_bytes": None}
     try:
-        peak = max(profiled.memory_of(batch, which).values())
+        return result | {"measured_bytes": max(runs(batch).values())}
     except torch.OutOfMemoryError:
-        return {"batch": batch, "predicted_bytes": law(batch), "measured_bytes": None, "seconds": time.perf_counter() - began}
-    return {"batch": batch, "predicted_bytes": law(batch), "measured_bytes": peak, "seconds": time.perf_counter() - began}
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
+        return result

@@ -70,7 +70,7 @@ def show_fit(result: dict) -> None:
     for name in ("pixels in the loss", "loss", "largest batch", "needs there", "law from", "checked at", "predicted", "measured"):
         table.add_column(name, justify="left" if name in ("loss", "law from", "checked at") else "right")
     for row in result["rows"]:
-        source = f"batches {', '.join(map(str, result['batches']))}" if row["source"] == "measured" else f"shapes, {COPIES} copies"
+        source = f"batches {', '.join(map(str, row['measured']))}" if row["source"] == "measured" else f"shapes, {COPIES} copies"
         verified = row["verified"]
         cells = (verified["why_not"], "", "") if "why_not" in verified else (
             f"batch {verified['batch']}", size(verified["predicted_bytes"]), size(verified["measured_bytes"]) if verified["measured_bytes"] else "out of memory"

@@ -174,7 +174,8 @@ def test_predicted_batch_is_what_a_larger_step_takes(monkeypatch):
     for row in (rows[64, "ours"], rows[64, "eager"], rows[None, "ours"]):
         assert row["source"] == "measured" and row["largest_batch"] > 4
         seen = row["verified"]
-        assert seen["measured_bytes"] == pytest.approx(seen["predicted_bytes"], rel=0.05)
+        assert seen["batch"] == row["largest_batch"]
+        assert seen["measured_bytes"] == pytest.approx(seen["predicted_bytes"], rel=fit.CLOSE)
     dear = rows[None, "eager"]
     assert dear["source"] == "shapes" and dear["largest_batch"] == 0  # three copies of 16 MiB for one image
     made = profiled("loss.num_samples=null")
