@@ -83,6 +83,67 @@ def pretrain(
 
 
 @app.command()
+def profile(
+    overrides: Overrides = None,
+    config: Annotated[str | None, typer.Option(help="YAML file, or a preset's name (see `pix2rep info`).", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of volumes to take the batch from; default: noise.", show_default=False)] = None,
+    fit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Instead: the largest batch within SIZE, such as 24GiB.", show_default=False)
+    ] = None,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds that timing, or one check of --fit, may take.")] = 60,
+    resident: Annotated[bool, typer.Option(help="On a CPU: also how much a fresh process grows by.")] = True,
+    snapshot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="On CUDA: every allocation, for pytorch.org/memory_viz.", show_default=False)
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything here too.", show_default=False)] = None,
+) -> None:
+    """Show where the memory and the time of a pre-training step go, or which batch fits.
+
+    Runs the step that `pretrain` would run with the same options, on noise
+    unless --data is given, once with the fused loss ("ours") and once with
+    the papers' plain PyTorch formula ("eager"). Prints a row for every part
+    (views, backbone, head, loss, backward, optimiser): the bytes it leaves
+    behind, the most within it, its time and share. The eager InfoNCE stores
+    the similarities of all pixels with all; where memory cannot hold them,
+    their bytes are stated from the shape.
+
+    With --fit SIZE the step is measured at three small batches, every part's
+    peak gets a law, and the largest batch within SIZE is predicted for both
+    losses, with loss.num_samples pixels (1000 where that is null) and with
+    all. The step is then run at the predicted batch, or as near to it as the
+    memory here and --limit allow: measured bytes stand beside predicted ones.
+
+    Memory is that of PyTorch's tensors. Leave room for the rest: on a GPU the
+    CUDA context and fragmentation, on a CPU the libraries and their scratch.
+
+    pix2rep profile --config pix2rep_v1 loss.num_samples=null --json step.json
+
+    pix2rep profile --fit 24GiB data.size=128,128 pretrain.amp=off
+    """
+    if fit is not None and (snapshot or data):
+        raise typer.BadParameter("--fit takes neither --snapshot nor --data")
+    from pix2rep.config import load
+
+    options = load(config, overrides or ())
+    _show_logging()
+    from pix2rep import profile_report as shown
+
+    if fit is None:
+        from pix2rep.profile import images_of, profile_step
+
+        images = images_of(data, options) if data else None
+        result = profile_step(options, images, limit=limit, resident=resident, snapshot=snapshot)
+    else:
+        from pix2rep.fit import fit_batch, parse_size
+
+        result = fit_batch(options, parse_size(fit), limit)
+    result = shown.surroundings(options) | result
+    (shown.show_step if fit is None else shown.show_fit)(result)
+    if json:
+        shown.write(json, result)
+
+
+@app.command()
 def probe(run: Run, overrides: Overrides = None) -> None:
     """Train a linear layer on the frozen backbone of RUN from a few labelled patients, beside the same on random weights."""
     _downstream(run, overrides, "probe")

@@ -80,8 +80,9 @@ class NetworkConfig:
 @dataclass
 class LossConfig:
     method: str = "pix2rep"
-    objective: str = "infonce"
-    temperature: float = 0.53
+    objective: Literal["infonce", "barlow"] = "infonce"
+    temperature: float = 0.53  # of infonce
+    lambda_param: float = 5e-3  # of barlow: weight of the entries off the diagonal
     num_samples: int | None = 1000  # pixel pairs a batch; null: every pixel
     per_image: bool = False
     outside: Literal["keep", "drop"] = "keep"  # "keep" (official): pixels that the warp took from outside the image count too
@@ -230,7 +231,7 @@ def check(config: Config) -> None:
 
 
 _AT_LEAST = {
-    0: "data.roi_margin split.val split.test split.seed pretrain.seed downstream.seeds"
+    0: "data.roi_margin split.val split.test split.seed loss.lambda_param pretrain.seed downstream.seeds"
     " network.head_depth pretrain.weight_decay pretrain.warmup",
     1: "data.size network.channels network.features network.head_hidden network.projection loss.num_samples"
     " pretrain.steps pretrain.batch_size pretrain.accumulate pretrain.threads pretrain.log_every pretrain.checkpoint_every pretrain.keep"

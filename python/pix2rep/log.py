@@ -26,6 +26,12 @@ def say(message: str) -> None:
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
+def table_console() -> Console:
+    """For results, on stdout."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=140)  # a log file has no width; 80 would fold the table
+
+
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())

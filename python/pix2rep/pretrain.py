@@ -66,7 +66,7 @@ def run(data: str | Path, run_dir: str | Path, config: Config, resume: bool = Fa
         if state:
             training.restore(state)
         save(config, run_dir / "config.yaml")
-        log.write("resume" if state else "start", step=start, device=str(device), slices=len(source), versions=_versions())
+        log.write("resume" if state else "start", step=start, device=str(device), slices=len(source), versions=versions())
         say(training.summary() + (f"; resuming after step {start}" if state else ""))
         loop(training, start, run_dir, log)
         path = checkpoint.save_backbone(run_dir, training.backbone, config, opt.steps)
@@ -204,9 +204,10 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
     for package in ("pix2rep-kernels", "torch", "triton", "monai", "numpy", "nibabel"):
         with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
+            found[package] = version(package)
+    return found

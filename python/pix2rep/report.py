@@ -120,6 +120,8 @@ def show(result: dict) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from pix2rep.log import table_console
+
     classes = result["classes"]
     patients = max(entry["patients"] for entry in result["summary"])
     caption = (
@@ -143,7 +145,7 @@ def show(result: dict) -> None:
         seeds = " ".join(f"{v:.3f}" for v in entry["seeds"].values())
         table.add_row(entry["what"], str(entry["labelled"]), entry["arm"], *cells, _shown(dice["mean"]), seeds, distance)
         previous = group
-    console = _console()
+    console = table_console()
     console.print(table)
     for d in result["differences"]:
         console.print(
@@ -191,13 +193,6 @@ def probe_above_random(run: Path) -> bool:
     word = "above" if above else "not above"
     say(f"probe, {fewest} labelled: pretrained {dice['pretrained']:.3f} is {word} random {dice['random']:.3f}")
     return above
-
-
-def _console():
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)  # a log file has no width; 80 would fold the table
 
 
 def _plain(value):

@@ -59,6 +59,8 @@ def test_override(text, key, value):
         ("data.size=a,b", "data.size must be an integer, got 'a'"),
         ("loss.temperature=0", "loss.temperature must be above 0, got 0.0"),
         ("split.val=0.9", "split.val must be under 1 with split.test = 0.2, got 0.9"),
+        ("loss.objective=barlo", "loss.objective must be 'infonce' or 'barlow', got 'barlo'"),
+        ("loss.lambda_param=-1", "loss.lambda_param must be at least 0, got -1.0"),
         ("pretrain.seed=-1", "pretrain.seed must be at least 0, got -1"),
         ("pretrain", "an override must be section.key=value, got 'pretrain'"),
         ("pretrain=1", "an override must be section.key=value, got a section, 'pretrain'"),

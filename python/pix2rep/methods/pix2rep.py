@@ -34,6 +34,7 @@ class Pix2Rep:
         self.loss = Pix2RepLoss(
             loss.objective,
             temperature=loss.temperature,
+            lambda_param=loss.lambda_param,
             num_samples=loss.num_samples,
             per_image=loss.per_image,
             outside=loss.outside,

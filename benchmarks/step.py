@@ -1,0 +1,88 @@
+"""A pre-training step: images/s, peak memory and the loss's share, with few and with all pixels, by objective and network.
+
+`python -m benchmarks.step [--json FILE] [--large] [--resident]`; the step and its parts are those of `pix2rep profile`. InfoNCE over all
+pixels of a full batch compares 147,456 or 262,144 rows with each other: minutes on two cores, so it runs at batch 2 unless --large is given,
+beside 1000 samples at that batch.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from benchmarks import harness
+from pix2rep.config import Config, load
+from pix2rep.meter import CpuSeconds
+from pix2rep.profile import profile_step
+
+NETWORKS = {
+    "demo 96x96": load("demo", ["data.size=96,96"]),
+    "BasicUNet 128x128": load(
+        None, ["data.size=128,128", "network.channels=32,32,64,128,256", "network.features=32", "network.projection=64"]
+    ),
+}
+SAMPLES = (1000, 4096, None)
+SMALL = 2  # images of an all-pixel InfoNCE
+
+
+def batches(full: int, large: bool) -> dict[int, list[tuple[str, int | None]]]:
+    """{batch: [(objective, num_samples)]}: the full batch, and a small one for what would take minutes."""
+    every = [(objective, samples) for objective in ("infonce", "barlow") for samples in SAMPLES]
+    dear = ("infonce", None)
+    return {full: every} if large else {full: [case for case in every if case != dear], SMALL: [("infonce", 1000), dear]}
+
+
+def measure(asked) -> Iterator[dict]:
+    for name, config in NETWORKS.items():
+        for batch, cases in batches(config.pretrain.batch_size, asked.large).items():
+            for objective, samples in cases:
+                loss = replace(config.loss, objective=objective, num_samples=samples)
+                chosen = replace(config, loss=loss, pretrain=replace(config.pretrain, batch_size=batch, device="cpu", threads=asked.threads))
+                result = profile_step(chosen, repeats=asked.repeats, limit=asked.limit, resident=asked.resident)
+                yield from rows(name, chosen, result)
+
+
+def rows(name: str, config: Config, result: dict) -> Iterator[dict]:
+    standing = sum(result["standing"].values())
+    for which, entry in result["losses"].items():
+        row = {
+            "network": name, "B": config.pretrain.batch_size, "objective": config.loss.objective, "num_samples": config.loss.num_samples,
+            "pixels": result["batch_size"] * result["pixels"], "D": config.network.projection, "loss": which,
+            "clock": CpuSeconds.clock.__name__, "load": os.getloadavg()[0],
+        }  # fmt: skip
+        if "would_need_bytes" in entry:
+            yield row | {"would_need_GB": entry["would_need_bytes"] / 1e9}
+            continue
+        kept = ("images_per_s", "loss_share", "step_seconds", "timed_steps")
+        parts = {part["part"]: [part["added_bytes"], part["peak_bytes"], part["seconds"]] for part in entry["parts"]}
+        yield row | {key: entry[key] for key in kept} | {
+            "peak_MiB": entry["peak_bytes"] / 2**20, "standing_MiB": standing / 2**20, "parts_added_peak_seconds": parts,
+            **({"resident_growth_MiB": entry["resident_bytes"] / 2**20} if "resident_bytes" in entry else {}),
+        }  # fmt: skip
+
+
+def line(r: dict) -> str:
+    name = f"{r['network']:18} B={r['B']} {r['objective']:8}{str(r['num_samples'] or 'all'):>6} {r['loss']:6}"
+    if "would_need_GB" in r:
+        return f"{name}would need {r['would_need_GB']:,.0f} GB for its similarities"
+    grown = f"{r['resident_growth_MiB'] + r['standing_MiB']:10.0f}" if "resident_growth_MiB" in r else f"{'':10}"
+    return f"{name}{r['images_per_s']:9.2f}{100 * r['loss_share']:8.1f} %{r['peak_MiB']:10.0f}{grown}{r['timed_steps']:7}{r['load']:7.1f}"
+
+
+HEADER = f"{'':49}images/s  loss's    peak MiB  resident  steps   load"
+
+
+def main():
+    parser = harness.parser(__doc__)
+    parser.add_argument("--large", action="store_true", help="all-pixel InfoNCE at the full batch")
+    parser.add_argument("--resident", action="store_true", help="also the growth of a fresh process, for each row")
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds that the timing of a row may take")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the CPU, not of the wall: for a busy machine, with --threads 1")
+    asked = harness.start(parser)
+    if asked.cpu_time:
+        CpuSeconds.clock = staticmethod(time.process_time)
+    harness.tabulate(asked, HEADER, measure(asked), line)
+
+
+if __name__ == "__main__":
+    main()
