@@ -3,6 +3,7 @@
 `benchmarks/bench_<op>.py` and `benchmarks/losses.py` offer `cases(large=False, device="cpu")`; `benchmarks.run` measures them, pytest times them.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -144,8 +145,9 @@ def seeded(device: str, seed: int = 0) -> torch.Generator:
 
 
 def compiled(call: Callable) -> Callable:
-    """`torch.compile(call)` at fixed shapes, compiled when it is first called."""
-    return torch.compile(call, dynamic=False)
+    """`torch.compile(call)` at fixed shapes; its compiler is imported when it is first called."""
+    made = functools.cache(lambda: torch.compile(call, dynamic=False))
+    return lambda *arguments: made()(*arguments)
 
 
 def with_compile(peers: dict[str, Peer]) -> dict[str, Peer]:

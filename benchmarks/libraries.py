@@ -2,10 +2,9 @@
 
 import contextlib
 import functools
-import importlib
 import importlib.util
-import math
 import shutil
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +30,19 @@ def torchvision_without_kernels():
         torch.library.register_fake = register
 
 
-@functools.cache
 def why_not(package: str) -> str | None:
-    """Why `package` cannot be imported."""
-    if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed"
-    try:
+    return None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+def at_first_call(make: Callable) -> Callable:
+    """A loss of a library that is imported, in seconds, when it is first called; where its import fails, the call says so."""
+
+    @functools.cache
+    def made():
         with torchvision_without_kernels():
-            importlib.import_module({"lightly": "lightly.loss"}.get(package, package))
-    except Exception as broken:  # noqa: BLE001 - whatever its import raises is the reason
-        return f"{package} does not import: {broken}"
-    return None
+            return make()
+
+    return lambda *rows: made()(*rows)
 
 
 def why_no_compiler(device: str) -> str | None:
@@ -122,12 +123,24 @@ def infonce(eager, negatives: str, n: int, d: int, temperature: float, device: s
             if reason := why_not(package):
                 absent[name] = reason
             else:
-                found[name] = Peer(make(temperature), bytes=size, truth=normalised(eager))
+                found[name] = Peer(at_first_call(functools.partial(make, temperature)), bytes=size, truth=normalised(eager))
     if reason := why_not("pykeops"):
         absent["KeOps"] = reason
     else:
         found["KeOps"] = Peer(keops(negatives, temperature), slow_start=True)
     return found, absent
+
+
+def lightly_barlow(weight: float):
+    from lightly.loss import BarlowTwinsLoss
+
+    return BarlowTwinsLoss(lambda_param=weight)
+
+
+def monai_barlow(weight: float):
+    from monai.losses import BarlowTwinsLoss
+
+    return BarlowTwinsLoss(lambd=weight)
 
 
 def barlow(eager_std, weight: float) -> tuple[dict[str, Peer], dict[str, str]]:
@@ -136,17 +149,10 @@ def barlow(eager_std, weight: float) -> tuple[dict[str, Peer], dict[str, str]]:
     if reason := why_not("lightly"):
         absent["lightly"] = reason
     else:
-        from lightly.loss import BarlowTwinsLoss
-
-        found["lightly"] = Peer(BarlowTwinsLoss(lambda_param=weight))
+        found["lightly"] = Peer(at_first_call(functools.partial(lightly_barlow, weight)))
     if reason := why_not("monai"):
         absent["MONAI"] = reason
     else:
-        from monai.losses import BarlowTwinsLoss as MonaiBarlow
-
-        found["MONAI"] = Peer(MonaiBarlow(lambd=weight), truth=eager_std)
+        found["MONAI"] = Peer(at_first_call(functools.partial(monai_barlow, weight)), truth=eager_std)
     return found, absent
 
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB" if math.isfinite(size) else "unbounded"

@@ -74,7 +74,8 @@ def scaling(content: dict, series: str, title: str, label: str):
             right.plot(first["n"], needs, color=colour, marker="x", markersize=8, markeredgewidth=1.8, linestyle="")
     total = max(run["memory_bytes"] for run in content["runs"]) / 2**20
     right.axhline(total, color="#333333", linewidth=0.9)
-    right.annotate(f"this machine: {total / 1024:.0f} GiB", (0.02, total), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", fontsize=9)
+    place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 3), "textcoords": "offset points"}
+    right.annotate(f"this machine: {total / 1024:.0f} GiB", (0.02, total), fontsize=9, **place)
     ticks = sorted({row["n"] for row in rows})
     for axes, name in ((left, "seconds, forward and backward"), (right, "extra memory, MiB")):
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel=name)

@@ -121,7 +121,7 @@ class Run:
 
     def measure(self, case: Case, before: list[dict]) -> list[dict]:
         """A row for each of our backends and each peer."""
-        rows = {f"ours:{b}" if len(self.ours(case)) > 1 or b != self.device else "ours": {"backend": b} for b in self.ours(case)}
+        rows = {"ours" if b == "cpu" else f"ours:{b}": {"backend": b} for b in self.ours(case)}
         rows |= {name: {} for name in self.peers(case)}
         steps, inputs = {}, []
 

@@ -85,7 +85,7 @@ def source(folder: Path, ops: list[str]) -> str:
     files = [content for op in ops if (content := load(folder, op))]
     runs = [content["runs"][k] for content in files for k in sorted({row["run"] for row in content["rows"]})]
     machines = " / ".join(dict.fromkeys(f"{run['device']}, {run['threads']} threads, torch {run['versions']['torch']}" for run in runs))
-    return f"\n{machines}; float32 unless said. `python -m benchmarks.run`, results in `{folder.relative_to(ROOT).as_posix()}/`.\n"
+    return f"\n{machines}; float32 unless said. `python -m benchmarks.run`, results in `benchmarks/results/{folder.name}/`.\n"
 
 
 def infonce(folder: Path) -> str:
@@ -140,7 +140,8 @@ def growth(folder: Path) -> str:
             ends = [r for r in content["rows"] if (r.get("series"), r["who"]) == (row["series"], row["who"]) and r["n"] > row["to"] and "skipped" in r]
             end = min(ends, key=lambda r: r["n"]) if ends else None
             powers = [f"N^{row[name]:.2f}" if name in row else "" for name in ("time", "memory")]
-            rows.append([f"`{op}` {row['series']}", row["who"], f"{row['from']:,} to {row['to']:,}", *powers, f"at {end['n']:,}: {end['skipped']}" if end else ""])
+            stop = f"at {end['n']:,}: {end['skipped']}" if end else ""
+            rows.append([f"`{op}` {row['series']}", row["who"], f"{row['from']:,} to {row['to']:,}", *powers, stop])
     if not rows:
         return "Not measured yet.\n"
     return markdown(["series", "who", "sizes fitted", "time", "memory", "not started"], rows) + source(folder, ["infonce", "crosscorr"])
