@@ -147,7 +147,8 @@ class Run:
                 row["failed"] = harness.sentence(broken)
                 continue
             steps[who] = functools.partial(self.passes, found.call, given())
-        taken = interleaved(steps, self.clock, self.asked.repeats, self.asked.budget_s)
+        compiling = tuple(who for who in steps if self.device == "cuda" or who in case.peers and case.peers[who].slow_start)
+        taken = interleaved(steps, self.clock, self.asked.repeats, self.asked.budget_s, compiling)
         for who, times in taken.items():
             rows[who] |= {"failed": times} if isinstance(times, str) else self.timed(case, case.peers.get(who), times)
         about = {"op": case.op, "case": case.name, **case.fields, "dtype": str(case.dtype).removeprefix("torch.")}
