@@ -68,7 +68,9 @@ class Book:
     def add(self, case: Case, rows: list[dict]) -> None:
         """In place of this case's old rows."""
         self.rows = [row for row in self.rows if (row["op"], row["case"]) != (case.op, case.name)]
-        self.rows += [row | {"run": len(self.runs) - 1} for row in rows]
+        for row in rows:
+            row["run"] = len(self.runs) - 1
+        self.rows += rows
 
     def write(self, path: Path) -> None:
         write_json(path, {"runs": self.runs, "growth": exponents(self.rows), "rows": self.rows})

@@ -121,11 +121,11 @@ def ceilings(device: str, scale: float = 1.0) -> dict[str, float]:
 
     def best(call):
         call()
-        return min(Clock(device)(lambda mark: (mark(), call(), mark()))[0] for _ in range(7))
+        return min(Clock(device)(lambda mark: (mark(), call(), mark()))[0] for _ in range(5))
 
-    words = int(scale * (64 << 20))
+    words = int(scale * (32 << 20))
     source, target = torch.zeros(words), torch.zeros(words)
-    side = max(16, int(scale * 2048))
+    side = max(16, int(scale * 1024))
     a, b = torch.randn(2, side, side)
     c, tile, powers = torch.empty(side, side), torch.zeros(1 << 17), torch.zeros(1 << 17)
     return {

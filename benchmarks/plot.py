@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which the colour-blind tell apart; every side has a
 """
 
 import argparse
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -25,6 +26,8 @@ STYLES = {
 }  # fmt: skip
 NAMES = {"products": "its three bare products", "ours:triton": "ours, Triton", "ours:cuda": "ours, CUDA"}
 OTHER = ("#7F7F7F", ".", "-")
+TIMES = {"0.1 ms": 1e-4, "1 ms": 1e-3, "10 ms": 1e-2, "0.1 s": 0.1, "1 s": 1.0, "10 s": 10.0, "100 s": 100.0, "1000 s": 1000.0}
+SIZES = {"1 MiB": 1, "8 MiB": 8, "64 MiB": 64, "512 MiB": 512, "4 GiB": 2**12, "32 GiB": 2**15, "256 GiB": 2**18, "2 TiB": 2**21}
 WIDTH = 6.9  # inches, a page's text width
 STYLE = {
     "font.size": 9.5, "axes.labelsize": 9.5, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.titlesize": 10, "svg.fonttype": "none",
@@ -39,7 +42,7 @@ def drawn(axes, who, x, y, **options):
     axes.plot(x, y, color=colour, marker=marker, linestyle=line, **heavy | options)
 
 
-def legend(figure, names: list[str], missing: bool, columns: int = 4):
+def legend(figure, names: list[str], missing: bool, total: float | None = None, columns: int = 4):
     handles = [
         Line2D([], [], color=STYLES.get(who, OTHER)[0], marker=STYLES.get(who, OTHER)[1], linestyle=STYLES.get(who, OTHER)[2], label=NAMES.get(who, who))
         for who in names
@@ -47,6 +50,8 @@ def legend(figure, names: list[str], missing: bool, columns: int = 4):
     if missing:
         cross = {"color": "#333333", "marker": "x", "linestyle": "", "markersize": 8, "markeredgewidth": 1.8}
         handles.append(Line2D([], [], **cross, label="does not fit: what it needs"))
+    if total:
+        handles.append(Line2D([], [], color="#333333", linewidth=0.9, label=f"this machine's {total / 1024:.0f} GiB"))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
@@ -74,15 +79,15 @@ def scaling(content: dict, series: str, title: str, label: str):
             right.plot(first["n"], needs, color=colour, marker="x", markersize=8, markeredgewidth=1.8, linestyle="")
     total = max(run["memory_bytes"] for run in content["runs"]) / 2**20
     right.axhline(total, color="#333333", linewidth=0.9)
-    place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 3), "textcoords": "offset points"}
-    right.annotate(f"this machine: {total / 1024:.0f} GiB", (0.02, total), fontsize=9, **place)
     ticks = sorted({row["n"] for row in rows})
-    for axes, name in ((left, "seconds, forward and backward"), (right, "extra memory, MiB")):
+    for axes, name, units in ((left, "time, forward and backward", TIMES), (right, "extra memory", SIZES)):
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel=name)
+        low, high = axes.get_ylim()
+        axes.set_yticks(*zip(*((value, text) for text, value in units.items() if low <= value <= high), strict=True))
         axes.set_xticks(ticks[:: -(-len(ticks) // 5)], [short(n) for n in ticks[:: -(-len(ticks) // 5)]])
         axes.minorticks_off()
     figure.suptitle(title, fontsize=10)
-    legend(figure, shown, bool(lost))
+    legend(figure, shown, bool(lost), total)
     return figure
 
 
@@ -92,17 +97,19 @@ def short(n: int) -> str:
 
 def every_op(contents: dict[str, dict]):
     """One dot a size: time of the fastest peer over ours."""
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(contents) + 1.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(contents) + 1.2), layout="constrained")
     colour = STYLES["ours"][0]
     for place, content in enumerate(contents.values()):
         values = sorted(value for case in sides(content).values() if (value := ratio(case)))
         spread = [place + 0.14 * ((k % 3) - 1) for k in range(len(values))]
         axes.plot(values, spread, "o", color=colour, alpha=0.75, markersize=5)
         if values:
-            middle = values[len(values) // 2]
-            axes.plot([middle] * 2, [place - 0.32, place + 0.32], color="#000000", linewidth=1.6)
+            axes.plot([statistics.median(values)] * 2, [place - 0.32, place + 0.32], color="#000000", linewidth=1.6)
     axes.axvline(1, color="#D55E00", linewidth=1.2, linestyle="--")
-    axes.set(xscale="log", xlabel="times faster than the fastest peer, forward and backward (left of the dashed line: slower); bar: median")
+    axes.set(xscale="log", xlabel="times faster than the fastest peer, forward and backward")
+    marks = [("o", "", colour, "one size"), ("|", "", "#000000", "median"), ("", "--", "#D55E00", "left of it: slower")]
+    handles = [Line2D([], [], marker=m, linestyle=line, color=c, label=text, markersize=9 if m == "|" else 5) for m, line, c, text in marks]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     low, high = axes.get_xlim()
     ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= t <= high]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
