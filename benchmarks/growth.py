@@ -60,14 +60,16 @@ class Book:
     def __init__(self, path: Path | None, facts: dict):
         old = json.loads(path.read_text()) if path and path.exists() else {"runs": [], "rows": []}
         self.runs, self.rows = [*old.get("runs", []), facts], [row for row in old["rows"] if "run" in row]
-        self.kept = {row["case"] for row in self.rows if not facts["changed"] and self.runs[row["run"]]["commit"] == facts["commit"]}
+        self.kept = {(row["case"], row["who"]) for row in self.rows if not facts["changed"] and self.runs[row["run"]]["commit"] == facts["commit"]}
 
-    def has(self, case: Case) -> bool:
-        return case.name in self.kept
+    def has(self, case: Case, sides: list[str]) -> bool:
+        """Whether all of these sides are there at this commit."""
+        return all((case.name, who) in self.kept for who in sides)
 
     def add(self, case: Case, rows: list[dict]) -> None:
-        """In place of this case's old rows."""
-        self.rows = [row for row in self.rows if (row["op"], row["case"]) != (case.op, case.name)]
+        """In place of the old rows of this case's same sides."""
+        sides = {row["who"] for row in rows}
+        self.rows = [row for row in self.rows if (row["op"], row["case"]) != (case.op, case.name) or row["who"] not in sides]
         for row in rows:
             row["run"] = len(self.runs) - 1
         self.rows += rows

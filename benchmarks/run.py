@@ -120,10 +120,14 @@ class Run:
             return {name: peer for name, peer in case.peers.items() if slow or not peer.slow_start}
         return {name: peer for name, peer in case.peers.items() if name in wanted}
 
+    def sides(self, case: Case) -> dict[str, dict]:
+        """Names of our backends and of the peers, and the beginning of each one's row."""
+        ours = {"ours" if b == "cpu" else f"ours:{b}": {"backend": b} for b in self.ours(case)}
+        return ours | {name: {} for name in self.peers(case)}
+
     def measure(self, case: Case, before: list[dict]) -> list[dict]:
         """A row for each of our backends and each peer."""
-        rows = {"ours" if b == "cpu" else f"ours:{b}": {"backend": b} for b in self.ours(case)}
-        rows |= {name: {} for name in self.peers(case)}
+        rows = self.sides(case)
         steps, inputs = {}, []
 
         def given():
@@ -219,7 +223,7 @@ class Run:
         book = growth.Book(path if self.asked.resume else None, self.facts | {"ceilings": self.rates})
         print(header(op, self.rates))
         for case in every:
-            if book.has(case):
+            if book.has(case, list(self.sides(case))):
                 continue
             self.measure_ceilings()
             rows = self.measure(case, book.rows)
