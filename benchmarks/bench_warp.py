@@ -21,14 +21,15 @@ CUDA_LARGE = [(48, 256, (128, 128), None), *((48, 256, (128, 128), 48 * 128 * 12
 
 
 def sampled(features, grid):
-    """[B, P.., C]"""
+    """[B, P.., C]; half precision goes through float32, as autocast sends it: a grid in bfloat16 misses its pixels."""
+    features = features.float() if features.dtype.itemsize == 2 else features
     return F.grid_sample(features, grid.to(features.dtype), align_corners=True).movedim(1, -1)
 
 
 def eager(features, theta, points):
     grid = F.affine_grid(theta, (len(features), 1, *features.shape[2:]), align_corners=True)
     rows = sampled(features, grid).flatten(0, -2)
-    return F.normalize(rows if points is None else rows[points])
+    return F.normalize(rows if points is None else rows[points]).to(features.dtype)
 
 
 def points_alone(features, theta, points):
@@ -41,7 +42,7 @@ def points_alone(features, theta, points):
     for image, own in enumerate((points[order] % space.numel()).split(counts)):
         where = grid[image, own].view(1, *(1,) * (len(space) - 1), -1, len(space))
         parts.append(sampled(features[image : image + 1], where).flatten(0, -2))
-    return F.normalize(torch.cat(parts)[order.argsort()])
+    return F.normalize(torch.cat(parts)[order.argsort()]).to(features.dtype)
 
 
 def inputs(batch, channels, space, points, layout, device, dtype):

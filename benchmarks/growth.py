@@ -60,7 +60,8 @@ class Book:
     def __init__(self, path: Path | None, facts: dict):
         old = json.loads(path.read_text()) if path and path.exists() else {"runs": [], "rows": []}
         self.runs, self.rows = [*old.get("runs", []), facts], [row for row in old["rows"] if "run" in row]
-        self.kept = {(row["case"], row["who"]) for row in self.rows if not facts["changed"] and self.runs[row["run"]]["commit"] == facts["commit"]}
+        mine = [row for row in self.rows if not facts["changed"] and self.runs[row["run"]]["commit"] == facts["commit"]]
+        self.kept = {(row["case"], row["who"]) for row in mine if "skipped" not in row and "failed" not in row}
 
     def has(self, case: Case, sides: list[str]) -> bool:
         """Whether all of these sides are there at this commit."""

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.growth import curve, mebibytes, seconds
 from benchmarks.harness import ROOT
-from benchmarks.tables import RESULTS, load, ratio, sides
+from benchmarks.tables import RESULTS, load, longest, ratio, sides
 from pix2rep_kernels.dispatch import OPS
 
 STYLES = {
@@ -77,8 +77,9 @@ def scaling(content: dict, series: str, title: str, label: str):
             if curves[1][0]:
                 right.plot([curves[1][0][-1], first["n"]], [curves[1][1][-1], needs], color=colour, linestyle=line, linewidth=0.8, alpha=0.7)
             right.plot(first["n"], needs, color=colour, marker="x", markersize=8, markeredgewidth=1.8, linestyle="")
-    total = max(run["memory_bytes"] for run in content["runs"]) / 2**20
-    right.axhline(total, color="#333333", linewidth=0.9)
+    total = max((run["memory_bytes"] / 2**20 for run in content["runs"] if "memory_bytes" in run), default=None)
+    if total:
+        right.axhline(total, color="#333333", linewidth=0.9)
     ticks = sorted({row["n"] for row in rows})
     for axes, name, units in ((left, "time, forward and backward", TIMES), (right, "extra memory", SIZES)):
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel=name)
@@ -137,16 +138,6 @@ def densities(content: dict):
     both[0].set_ylabel("ms, forward and backward")
     legend(figure, names, False)
     return figure
-
-
-def longest(content: dict, prefix: str = "") -> str | None:
-    """The series with most sizes, the largest of them on a tie."""
-    sizes: dict[str, set] = {}
-    for row in content["rows"]:
-        if row.get("series", "").startswith(prefix) and "series" in row:
-            sizes.setdefault(row["series"], set()).add(row["n"])
-    found = [series for series, n in sizes.items() if len(n) >= 3]
-    return max(found, key=lambda series: (len(sizes[series]), max(sizes[series]), series), default=None)
 
 
 def figures(folder: Path) -> dict[str, object]:

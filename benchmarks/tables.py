@@ -51,6 +51,16 @@ def ratio(rows: dict[str, dict]) -> float | None:
     return seconds(theirs) / seconds(mine) if mine and theirs else None
 
 
+def longest(content: dict, prefix: str = "") -> str | None:
+    """The series with most sizes, the largest of them on a tie."""
+    sizes: dict[str, set] = {}
+    for row in content["rows"]:
+        if row.get("series", "").startswith(prefix) and "series" in row:
+            sizes.setdefault(row["series"], set()).add(row["n"])
+    found = [series for series, n in sizes.items() if len(n) >= 3]
+    return max(found, key=lambda series: (len(sizes[series]), max(sizes[series]), series), default=None)
+
+
 def duration(row: dict | None) -> str:
     if row is None:
         return ""
@@ -85,7 +95,8 @@ def source(folder: Path, ops: list[str]) -> str:
     files = [content for op in ops if (content := load(folder, op))]
     runs = [content["runs"][k] for content in files for k in sorted({row["run"] for row in content["rows"]})]
     machines = " / ".join(dict.fromkeys(f"{run['device']}, {run['threads']} threads, torch {run['versions']['torch']}" for run in runs))
-    return f"\n{machines}; float32 unless said. `python -m benchmarks.run`, results in `benchmarks/results/{folder.name}/`.\n"
+    commits = ", ".join(dict.fromkeys(run["commit"][:7] if " " not in run["commit"] else run["commit"] for run in runs))
+    return f"\n{machines}; commit {commits}. `python -m benchmarks.run`, results in `benchmarks/results/{folder.name}/`.\n"
 
 
 def infonce(folder: Path) -> str:
@@ -118,12 +129,13 @@ def ops(folder: Path) -> str:
         found = [case for case in sides(content).values() if ratio(case)]
         ratios = [ratio(case) for case in found]
         mine = [best(case, True) for case in found]
-        floors = [row["percent_of_floor"]["both"] for row in mine]
-        saved = [best(case, False)["extra_MiB"] / max(row["extra_MiB"], 1) for case, row in zip(found, mine, strict=True) if "extra_MiB" in best(case, False)]
+        floors = [row["percent_of_floor"]["both"] for row in mine if "percent_of_floor" in row]
+        pairs = [(best(case, False), row) for case, row in zip(found, mine, strict=True)]
+        saved = [theirs["extra_MiB"] / max(row["extra_MiB"], 1) for theirs, row in pairs if "extra_MiB" in theirs and "extra_MiB" in row]
         below = sum(value < 1 for value in ratios)
         rows.append([
             f"`{op}`" if op in OPS else op, EAGER[op], f"{span(ratios)} ({statistics.median(ratios):.1f})", str(below), str(len(ratios)),
-            span(saved) if saved else "", f"{min(floors):.0f} to {max(floors):.0f} %", f"`{op}.json`",
+            span(saved) if saved else "", f"{min(floors):.0f} to {max(floors):.0f} %" if floors else "", f"`{op}.json`",
         ])  # fmt: skip
     if not rows:
         return "Not measured yet.\n"
@@ -132,11 +144,14 @@ def ops(folder: Path) -> str:
 
 
 def growth(folder: Path) -> str:
-    """How time and memory of infonce and crosscorr grow with N, and what ends each side's curve."""
+    """How time and memory of infonce and crosscorr grow with N, on the longest series of each, and what ends each side's curve."""
     rows = []
-    for op in ("infonce", "crosscorr"):
+    for op, prefix in (("infonce", "joint"), ("crosscorr", "")):
         content = load(folder, op)
-        for row in content["growth"] if content else []:
+        series = longest(content, prefix) if content else None
+        for row in content["growth"] if series else []:
+            if row["series"] != series:
+                continue
             ends = [r for r in content["rows"] if (r.get("series"), r["who"]) == (row["series"], row["who"]) and r["n"] > row["to"] and "skipped" in r]
             end = min(ends, key=lambda r: r["n"]) if ends else None
             powers = [f"N^{row[name]:.2f}" if name in row else "" for name in ("time", "memory")]

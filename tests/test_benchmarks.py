@@ -37,7 +37,10 @@ def test_peers_compute_the_same(op):
 
 @pytest.mark.parametrize("op", run.FIGURES)
 def test_cases_of_a_gpu_build(op):
-    assert run.module(op).cases(large=True, device="cuda")
+    """Their checks run here at the small size, in a GPU's dtype."""
+    cases = run.module(op).cases(large=True, device="cuda")
+    assert len({case.name for case in cases}) == len(cases)
+    assert run.checked(cases[0], "cpu", "cpu").refused is None
 
 
 def squares(n=64, ours=None, **options) -> Case:

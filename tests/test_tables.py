@@ -29,6 +29,12 @@ def test_the_speed_section_has_no_number_of_its_own():
     assert "|" not in prose
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_figures_exist(path):
+    for name in re.findall(r"!\[[^\]]*\]\(([^)#]+)\)", path.read_text()):
+        assert name.startswith("http") or (path.parent / name).exists(), f"{path.name}: {name}"
+
+
 def test_a_number_that_drifts_is_seen(tmp_path):
     row = {"op": "infonce", "case": "joint N=9 D=4", "negatives": "joint", "N": 9, "D": 4, "run": 0, "errors": {"value": 0.0}, "eager_errors": {"value": 0.0}}
     timed = {"both": {"median_s": 0.25}, "extra_MiB": 3.0, "percent_of_floor": {"both": 40.0}}
