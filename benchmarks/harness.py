@@ -21,15 +21,19 @@ FLUSH_BYTES = 256 << 20  # several times a GPU's L2 cache
 
 
 class Clock:
-    """Seconds between the marks of one step; on CUDA by events, operands cold in L2."""
+    """Seconds between the marks of one step; on CUDA by events, operands cold in L2.
 
-    def __init__(self, device: str):
+    `cpu_time` counts the processor's seconds of all threads: what one thread takes on a machine that is busy with other work.
+    """
+
+    def __init__(self, device: str, cpu_time: bool = False):
+        self.now = time.process_time if cpu_time else time.perf_counter
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device == "cuda" else None
 
     def __call__(self, step: Callable[[Callable], object]) -> list[float]:
         if self.flush is None:
             times = []
-            step(lambda: times.append(time.perf_counter()))
+            step(lambda: times.append(self.now()))
             return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
         self.flush.zero_()
         events = []
@@ -111,7 +115,7 @@ def total_bytes(device: str) -> int:
     return torch.cuda.mem_get_info()[1] if device == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def ceilings(device: str, scale: float = 1.0) -> dict[str, float]:
+def ceilings(device: str, clock: Clock, scale: float = 1.0) -> dict[str, float]:
     """Rates a second of this machine, now: copied bytes (read and written), FLOP of a large product, exponentials of a tile that stays in cache."""
     if device == "cuda":
         from benchmarks.gpu.ceilings import measure
@@ -121,7 +125,7 @@ def ceilings(device: str, scale: float = 1.0) -> dict[str, float]:
 
     def best(call):
         call()
-        return min(Clock(device)(lambda mark: (mark(), call(), mark()))[0] for _ in range(5))
+        return min(clock(lambda mark: (mark(), call(), mark()))[0] for _ in range(5))
 
     words = int(scale * (32 << 20))
     source, target = torch.zeros(words), torch.zeros(words)

@@ -94,8 +94,8 @@ class Run:
 
     def __init__(self, asked: argparse.Namespace):
         self.asked, self.device = asked, asked.device
-        self.clock = Clock(asked.device)
-        self.facts = harness.surroundings("benchmarks.run") | {"threads": torch.get_num_threads()}
+        self.clock = Clock(asked.device, asked.cpu_time)
+        self.facts = harness.surroundings("benchmarks.run") | {"threads": torch.get_num_threads(), "clock": "processor" if asked.cpu_time else "wall"}
         if self.device == "cuda":
             self.facts["device"] = torch.cuda.get_device_name()
         self.facts["memory_bytes"] = harness.total_bytes(self.device)
@@ -188,7 +188,7 @@ class Run:
     def measure_ceilings(self) -> None:
         """The best of each rate in this run counts, for the rows that are there already too: a busy machine must not lower the floor."""
         if self.device == "cpu" or not self.rates:
-            for name, rate in harness.ceilings(self.device).items():
+            for name, rate in harness.ceilings(self.device, self.clock).items():
                 self.rates[name] = max(rate, self.rates.get(name, 0))
         for case, row in self.timed_rows:
             self.floors(case, row)
@@ -275,6 +275,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", type=Path, help="a file, or the folder that gets <device>/<op>.json")
     made.add_argument("--resume", action="store_true", help="rows of that file stay; those of this commit are not measured again")
     made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--cpu-time", action="store_true", help="processor seconds, for a busy machine; with --threads 1")
     made.add_argument("--repeats", type=int, default=7)
     made.add_argument("--budget-s", type=float, default=2.0, help="repeat one side of a case at most this long")
     made.add_argument("--limit-s", type=float, default=60.0, help="do not start a side that would take longer, by its smaller sizes")
@@ -285,6 +286,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
+    if asked.cpu_time and (asked.threads, asked.device) != (1, "cpu"):
+        raise SystemExit(f"--cpu-time is for --threads 1 and --device cpu, got {asked.threads} and {asked.device}")
     torch.set_num_threads(asked.threads)
     run = Run(asked)
     for op in asked.ops or FIGURES:

@@ -90,11 +90,16 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def clock(run: dict) -> str:
+    many = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
+    return f"processor time of {many}" if run.get("clock") == "processor" else many
+
+
 def source(folder: Path, ops: list[str]) -> str:
     """Machine, versions and commands of the rows."""
     files = [content for op in ops if (content := load(folder, op))]
     runs = [content["runs"][k] for content in files for k in sorted({row["run"] for row in content["rows"]})]
-    machines = " / ".join(dict.fromkeys(f"{run['device']}, {run['threads']} threads, torch {run['versions']['torch']}" for run in runs))
+    machines = " / ".join(dict.fromkeys(f"{run['device']}, {clock(run)}, torch {run['versions']['torch']}" for run in runs))
     commits = ", ".join(dict.fromkeys(run["commit"][:7] if " " not in run["commit"] else run["commit"] for run in runs))
     return f"\n{machines}; commit {commits}. `python -m benchmarks.run`, results in `benchmarks/results/{folder.name}/`.\n"
 

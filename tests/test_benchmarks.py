@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import matplotlib.image
 import pytest
@@ -137,8 +138,19 @@ def test_floors():
     assert case.floor_s(cpu) == pytest.approx(case.floor_s(cpu, "forward") + case.floor_s(cpu, "backward")) == pytest.approx(12 * 64 / 1e10)
 
 
+def test_processor_time_leaves_waiting_out():
+    def waits(mark):
+        mark()
+        time.sleep(0.05)
+        mark()
+
+    assert harness.Clock("cpu", cpu_time=True)(waits)[0] < 0.03 <= 0.05 <= harness.Clock("cpu")(waits)[0]
+    with pytest.raises(SystemExit, match="--threads 1"):
+        run.main(["warp", "--cpu-time", "--threads", "2"])
+
+
 def test_ceilings_are_rates():
-    found = harness.ceilings("cpu", scale=1 / 64)
+    found = harness.ceilings("cpu", harness.Clock("cpu"), scale=1 / 64)
     assert found["shared_units"] and all(found[name] > 1e6 for name in ("copy_bytes", "fp32_flop", "ex2"))
 
 
