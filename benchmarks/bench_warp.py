@@ -39,9 +39,9 @@ def points_alone(features, theta, points):
     order = points.argsort()
     counts = torch.bincount(points // space.numel(), minlength=len(features)).tolist()
     parts = []
-    for image, own in enumerate((points[order] % space.numel()).split(counts)):
-        where = grid[image, own].view(1, *(1,) * (len(space) - 1), -1, len(space))
-        parts.append(sampled(features[image : image + 1], where).flatten(0, -2))
+    for image, at, own in zip(features.split(1), grid, (points[order] % space.numel()).split(counts), strict=True):  # one gradient map, not one an image
+        where = at[own].view(1, *(1,) * (len(space) - 1), -1, len(space))
+        parts.append(sampled(image, where).flatten(0, -2))
     return F.normalize(torch.cat(parts)[order.argsort()]).to(features.dtype)
 
 

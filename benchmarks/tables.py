@@ -91,15 +91,15 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def clock(run: dict) -> str:
-    many = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
-    return f"processor time of {many}" if run.get("clock") == "processor" else many
+    """Threads, and what was counted where that is not the time on the wall."""
+    return f"{run['threads']}, processor time" if run.get("clock") == "processor" else str(run["threads"])
 
 
 def source(folder: Path, ops: list[str]) -> str:
     """Machine, versions and commands of the rows."""
     files = [content for op in ops if (content := load(folder, op))]
     runs = [content["runs"][k] for content in files for k in sorted({row["run"] for row in content["rows"]})]
-    machines = " / ".join(dict.fromkeys(f"{run['device']}, {clock(run)}, torch {run['versions']['torch']}" for run in runs))
+    machines = " / ".join(dict.fromkeys(f"{run['device']}, torch {run['versions']['torch']}" for run in runs))
     commits = ", ".join(dict.fromkeys(run["commit"][:7] if " " not in run["commit"] else run["commit"] for run in runs))
     return f"\n{machines}; commit {commits}. `python -m benchmarks.run`, results in `benchmarks/results/{folder.name}/`.\n"
 
@@ -118,20 +118,24 @@ def infonce(folder: Path) -> str:
         name = f"{any_row['negatives']}, {any_row['N']:,} x {any_row['D']}" + (" (Pix2Rep's)" if any_row.get("paper") else "")
         times = f"{ratio(found):.1f}" if ratio(found) else ""
         eager_time = duration(eager) if eager and seconds(eager) else ""
-        rows.append([name, duration(mine), eager_time, f"{duration(other)} ({other['who']})" if other else "", times, memory(mine), memory(eager)])
-    header = ["negatives, pairs N x features D", "ours", "eager", "fastest other", "times faster than the best", "extra memory, ours", "eager"]
+        threads = clock(content["runs"][(mine or any_row)["run"]])
+        rows.append([name, threads, duration(mine), eager_time, f"{duration(other)} ({other['who']})" if other else "", times, memory(mine), memory(eager)])
+    header = ["negatives, pairs N x features D", "threads", "ours", "eager", "fastest other", "times faster than the best", "extra memory, ours", "eager"]
     return markdown(header, rows) + source(folder, ["infonce"])
 
 
 def ops(folder: Path) -> str:
-    """Each op over all of its sizes: time of the fastest peer over ours, memory, percent of the floor."""
-    rows, files = [], []
+    """Each op over all of its sizes, by clock: time of the fastest peer over ours, memory, percent of the floor."""
+    rows, files, grouped = [], [], {}
     for op in (*OPS, "losses"):
         content = load(folder, op)
         if content is None:
             continue
         files.append(op)
-        found = [case for case in sides(content).values() if ratio(case)]
+        for case in sides(content).values():
+            if ratio(case):
+                grouped.setdefault((op, clock(content["runs"][best(case, True)["run"]])), []).append(case)
+    for (op, threads), found in grouped.items():
         ratios = [ratio(case) for case in found]
         mine = [best(case, True) for case in found]
         floors = [row["percent_of_floor"]["both"] for row in mine if "percent_of_floor" in row]
@@ -139,12 +143,12 @@ def ops(folder: Path) -> str:
         saved = [theirs["extra_MiB"] / max(row["extra_MiB"], 1) for theirs, row in pairs if "extra_MiB" in theirs and "extra_MiB" in row]
         below = sum(value < 1 for value in ratios)
         rows.append([
-            f"`{op}`" if op in OPS else op, EAGER[op], f"{span(ratios)} ({statistics.median(ratios):.1f})", str(below), str(len(ratios)),
+            f"`{op}`" if op in OPS else op, EAGER[op], threads, f"{span(ratios)} ({statistics.median(ratios):.1f})", str(below), str(len(ratios)),
             span(saved) if saved else "", f"{min(floors):.0f} to {max(floors):.0f} %" if floors else "", f"`{op}.json`",
         ])  # fmt: skip
     if not rows:
         return "Not measured yet.\n"
-    header = ["", "eager is", "times faster than the fastest peer (median)", "sizes slower", "sizes", "times less memory", "of the floor", "file"]
+    header = ["", "eager is", "threads", "times faster than the fastest peer (median)", "sizes slower", "sizes", "times less memory", "of the floor", "file"]
     return markdown(header, rows) + source(folder, files)
 
 

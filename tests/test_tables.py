@@ -46,7 +46,7 @@ def test_a_number_that_drifts_is_seen(tmp_path):
     path.write_text(json.dumps({"runs": [facts], "rows": rows, "growth": []}))
     text = "before\n<!-- results: infonce cpu -->\n<!-- end -->\nafter <!-- results: ops gpu -->\n<!-- end -->\n"
     once = tables.render(text, tmp_path)
-    assert "| joint, 9 x 4 | 250 ms |  | 1.00 s (lightly) | 4.0 | 3 MiB | needs 64 GiB |" in once and "Not measured yet." in once
+    assert "| joint, 9 x 4 | 2 | 250 ms |  | 1.00 s (lightly) | 4.0 | 3 MiB | needs 64 GiB |" in once and "Not measured yet." in once
     assert once.startswith("before\n") and "after" in once and tables.render(once, tmp_path) == once
     assert tables.render(once.replace("250 ms", "240 ms"), tmp_path) == once
     with pytest.raises(KeyError):
