@@ -70,7 +70,7 @@ def peers_of(negatives, n, d, device):
     pairs = n * n if negatives == "cross" else 4 * n * n
     found, absent = peers.available(device)
     others = {name: call for name, call in found.items() if name != "eager" and (negatives == "cross" or name not in peers.CROSS_ONLY)}
-    bytes_of = {"eager": 16.0 * n * n if negatives == "cross" else 12.0 * pairs, "compile": 12.0 * pairs}
+    bytes_of = {"eager": 16.0 * n * n if negatives == "cross" else 12.0 * pairs, "compile": 8.0 * pairs}
     result = {"eager": Peer(plain, bytes=bytes_of["eager"])}
     for name, call in others.items():
         result[name] = Peer(lambda a, b, call=call: call(a, b, negatives, TEMPERATURE), bytes_of.get(name, 0.0), slow_start=name in ("compile", "flex"))

@@ -114,10 +114,10 @@ def infonce(eager, negatives: str, n: int, d: int, temperature: float, device: s
     square = 4.0 * (2 * n) ** 2
     found, absent = {}, {}
     if negatives == "joint":
-        found["Pix2Rep's formula"] = Peer(published_pix2rep(temperature), bytes=6 * square)
+        found["Pix2Rep's formula"] = Peer(published_pix2rep(temperature), bytes=7.5 * square)
         for name, package, make, size in (
-            ("lightly", "lightly", lightly_nt_xent, 4 * square),
-            ("MONAI", "monai", monai_nt_xent, 5.5 * square * d),
+            ("lightly", "lightly", lightly_nt_xent, 4.25 * square),
+            ("MONAI", "monai", monai_nt_xent, 6.2 * square * d),
             ("metric-learning", "pytorch_metric_learning", metric_learning_nt_xent, 4 * square * 2 * n),
         ):
             if reason := why_not(package):

@@ -83,13 +83,18 @@ def scaling(content: dict, series: str, title: str, label: str):
     ticks = sorted({row["n"] for row in rows})
     for axes, name, units in ((left, "time, forward and backward", TIMES), (right, "extra memory", SIZES)):
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel=name)
-        low, high = axes.get_ylim()
-        axes.set_yticks(*zip(*((value, text) for text, value in units.items() if low <= value <= high), strict=True))
+        in_units(axes, units)
         axes.set_xticks(ticks[:: -(-len(ticks) // 5)], [short(n) for n in ticks[:: -(-len(ticks) // 5)]])
         axes.minorticks_off()
     figure.suptitle(title, fontsize=10)
     legend(figure, shown, bool(lost), total)
     return figure
+
+
+def in_units(axes, units: dict[str, float]) -> None:
+    low, high = axes.get_ylim()
+    axes.set_yticks(*zip(*((value, text) for text, value in units.items() if low <= value <= high), strict=True))
+    axes.minorticks_off()
 
 
 def short(n: int) -> str:
@@ -130,12 +135,13 @@ def densities(content: dict):
     figure, both = plt.subplots(1, 2, figsize=(WIDTH, 3.1), layout="constrained", sharey=True)
     for axes, layout, title in zip(both, ("last", "first"), ("channels last", "channels first"), strict=True):
         for who in names:
-            points = sorted((row["percent"], 1e3 * seconds(row)) for row in rows if (row["who"], row["layout"]) == (who, layout))
+            points = sorted((row["percent"], seconds(row)) for row in rows if (row["who"], row["layout"]) == (who, layout))
             drawn(axes, who, [p for p, _ in points], [t for _, t in points])
         axes.set(xscale="log", yscale="log", title=title, xlabel="points, % of the map")
-        axes.set_xticks([1, 3, 10, 100], ["1", "3", "10", "100"])
         axes.minorticks_off()
-    both[0].set_ylabel("ms, forward and backward")
+        axes.set_xticks([1, 3, 10, 100], ["1", "3", "10", "100"])
+    in_units(both[0], TIMES)
+    both[0].set_ylabel("time, forward and backward")
     legend(figure, names, False)
     return figure
 

@@ -52,13 +52,13 @@ def ratio(rows: dict[str, dict]) -> float | None:
 
 
 def longest(content: dict, prefix: str = "") -> str | None:
-    """The series with most sizes, the largest of them on a tie."""
-    sizes: dict[str, set] = {}
+    """The series with most sizes; on a tie the one with the largest, then with most sides."""
+    sizes: dict[str, list] = {}
     for row in content["rows"]:
         if row.get("series", "").startswith(prefix) and "series" in row:
-            sizes.setdefault(row["series"], set()).add(row["n"])
-    found = [series for series, n in sizes.items() if len(n) >= 3]
-    return max(found, key=lambda series: (len(sizes[series]), max(sizes[series]), series), default=None)
+            sizes.setdefault(row["series"], []).append(row["n"])
+    found = [series for series, n in sizes.items() if len(set(n)) >= 3]
+    return max(found, key=lambda series: (len(set(sizes[series])), max(sizes[series]), len(sizes[series])), default=None)
 
 
 def duration(row: dict | None) -> str:
@@ -80,8 +80,8 @@ def memory(row: dict | None) -> str:
     return f"{value / 1024:,.1f} GiB" if value >= 10 * 1024 else f"{value:,.0f} MiB"
 
 
-def span(values: list[float]) -> str:
-    low, high = (f"{v:.1f}" for v in (min(values), max(values)))
+def span(values: list[float], digits: int = 1) -> str:
+    low, high = (f"{v:.{digits}f}" for v in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
@@ -144,7 +144,7 @@ def ops(folder: Path) -> str:
         below = sum(value < 1 for value in ratios)
         rows.append([
             f"`{op}`" if op in OPS else op, EAGER[op], threads, f"{span(ratios)} ({statistics.median(ratios):.1f})", str(below), str(len(ratios)),
-            span(saved) if saved else "", f"{min(floors):.0f} to {max(floors):.0f} %" if floors else "", f"`{op}.json`",
+            span(saved) if saved else "", f"{span(floors, 0)} %" if floors else "", f"`{op}.json`",
         ])  # fmt: skip
     if not rows:
         return "Not measured yet.\n"
