@@ -56,8 +56,9 @@ demo: build
 	$(BIN)/pix2rep finetune $(DEMO)/run
 	$(BIN)/pix2rep check $(DEMO)/run --probe-above-random
 
+# Every op at its default sizes, under ten minutes on two idle cores; the committed results are those of --large with the peers (README).
 bench: build
-	$(BIN)/python -m pytest benchmarks/bench_*.py
+	$(BIN)/python -m benchmarks.run --json build/bench
 
 # Where a GPU is, with the environment's own torch and triton; objects that load are used, others built for that GPU alone.
 gpu:

@@ -1,116 +1,104 @@
-"""infonce on the CPU against eager PyTorch at its best setting: `pytest benchmarks/bench_infonce.py`, or `python -m benchmarks.bench_infonce` for the table.
+"""infonce against eager PyTorch, other libraries and what streams as we do: one loss and its gradient over N pairs of L2-normalised rows.
 
-Eager is matmul, logsumexp (inside cross-entropy) and autograd. Each row is checked in the same run: losses and gradients of both sides against float64
-at N = 1024, and against each other at the size that is timed.
+`python -m benchmarks.run infonce` measures; the sizes of --large go far past where those die that store N x N.
 """
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import harness
-from benchmarks.harness import interleaved, peak_mib
+from benchmarks import libraries, peers
+from benchmarks.case import Case, Inputs, Peer, Work, compiled, seeded
+from benchmarks.micro import microbenchmark
 from pix2rep_kernels import infonce
-from pix2rep_kernels.testing import error
 
 TEMPERATURE = 0.1
-SIZES = [("cross", 8192, 64), ("joint", 8192, 64), ("cross", 4096, 128), ("joint", 1000, 256), ("joint", 4096, 256)]
+# negatives, N, D. First the sample of 1000 pixels that Pix2Rep draws, at its own width.
+SIZES = [("joint", 1000, 256), ("cross", 8192, 64), ("joint", 8192, 64), ("cross", 4096, 128), ("joint", 4096, 256)]
+SWEEP = [(negatives, n, 64) for n in (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 262_144) for negatives in ("joint", "cross")]
+WIDTHS = [("joint", 4096, d) for d in (32, 64, 128, 256, 512)]
+LARGE = [*SWEEP, *WIDTHS, ("joint", 131_072, 256)]  # the last: every pixel of one batch of Pix2Rep
+CUDA = [("cross", 4096, 128), *((negatives, 65_536, d) for negatives in ("cross", "joint") for d in (64, 128, 256))]
+CUDA_LARGE = [
+    ("joint", 131_072, 256), ("cross", 1_048_576, 128), ("joint", 1_048_576, 128),
+    *((negatives, n, 128) for n in (4096, 16_384, 65_536, 262_144) for negatives in ("joint", "cross")), *(("joint", 65_536, d) for d in (32, 512)),
+]  # fmt: skip
+TARGETS = {
+    ("cross", 65_536, 64): "6.2 ms", ("cross", 65_536, 128): "11.2 ms", ("cross", 65_536, 256): "22.2 ms", ("joint", 65_536, 64): "11.2 ms",
+    ("joint", 65_536, 128): "22.4 ms", ("joint", 65_536, 256): "44.8 ms", ("joint", 131_072, 256): "0.3 s, 1 GiB",
+    ("cross", 1_048_576, 128): "3 s, 4 GiB", ("joint", 1_048_576, 128): "6 s, 4 GiB",
+}  # fmt: skip
 
 
 def eager(a, b, negatives):
-    """Mean loss; the boolean diagonal mask is the cheapest way to leave an anchor out."""
+    """Mean loss; filling the diagonal is the cheapest way to leave an anchor out. Half precision goes through float32 after the product."""
     n = len(a)
+    wide = (lambda s: s.float()) if a.dtype.itemsize == 2 else (lambda s: s)
     if negatives == "cross":
-        s, target = a @ b.T / TEMPERATURE, torch.arange(n)
+        s, target = wide(a @ b.T / TEMPERATURE), torch.arange(n, device=a.device)
         return (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2
     z = torch.cat([a, b])
-    s = z @ z.T / TEMPERATURE
+    s = wide(z @ z.T / TEMPERATURE)
     s.fill_diagonal_(-torch.inf)
-    return F.cross_entropy(s, torch.arange(2 * n).roll(n))
+    return F.cross_entropy(s, torch.arange(2 * n, device=a.device).roll(n))
 
 
-def ours(a, b, negatives):
-    return infonce(a, b, temperature=TEMPERATURE, negatives=negatives, backend="cpu").mean()
+def rows(n, d, device, dtype):
+    generator = seeded(device)
+    return [F.normalize(torch.randn(n, d, generator=generator, device=device), dim=1).to(dtype).requires_grad_() for _ in range(2)]
 
 
-def step(loss, a, b, negatives):
-    a.grad = b.grad = None
-    value = loss(a, b, negatives)
-    value.backward()
-    return value.detach(), a.grad, b.grad
+def work(negatives, n, d, device, width):
+    """Products of 2 N^2 D flops and exponentials of each pass. "cross": 1 forward; backward 3 where one recompute feeds both gradients (CPU), 4 where each has
+    its own (GPU). "joint": a triangle of (2N)^2 forward; backward a triangle too on a CPU, the square on a GPU.
+    """
+    pairs = n * n if negatives == "cross" else 4 * n * n
+    units, exps = {
+        ("cross", "cpu"): ((1, 3), (1, 1)), ("joint", "cpu"): ((0.5, 1.5), (0.5, 0.5)),
+        ("cross", "cuda"): ((1, 4), (1, 2)), ("joint", "cuda"): ((0.5, 2), (0.5, 1)),
+    }[negatives, device]  # fmt: skip
+    moved = 2 * n * d * width
+    return {
+        name: Work(bytes=factor * moved, flop=u * 2 * pairs * d, exps=e * pairs)
+        for name, factor, u, e in zip(("forward", "backward"), (1, 2), units, exps, strict=True)
+    }
 
 
-def rows(n, d, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return [F.normalize(torch.randn(n, d, generator=generator, dtype=torch.float64), dim=1).to(dtype).requires_grad_() for _ in range(2)]
+def peers_of(negatives, n, d, device):
+    def plain(a, b):
+        return eager(a, b, negatives)
+
+    pairs = n * n if negatives == "cross" else 4 * n * n
+    found, absent = peers.available(device)
+    others = {name: call for name, call in found.items() if name != "eager" and (negatives == "cross" or name not in peers.CROSS_ONLY)}
+    bytes_of = {"eager": 16.0 * n * n if negatives == "cross" else 12.0 * pairs, "compile": 8.0 * pairs}
+    result = {"eager": Peer(plain, bytes=bytes_of["eager"])}
+    for name, call in others.items():
+        result[name] = Peer(lambda a, b, call=call: call(a, b, negatives, TEMPERATURE), bytes_of.get(name, 0.0), slow_start=name in ("compile", "flex"))
+    libs, gone = libraries.infonce(plain, negatives, n, d, TEMPERATURE, device)
+    absent = {**absent, **gone}
+    if "compile" not in result:
+        if reason := libraries.why_no_compiler(device):
+            absent["compile"] = reason
+        else:
+            result["compile"] = Peer(compiled(plain), bytes_of["compile"], slow_start=True)
+    return result | libs, {name: reason for name, reason in absent.items() if name not in result}
 
 
-def checked(negatives, d):
-    """Largest relative error of losses and gradients against float64 at N = 1024: ours, eager's."""
-    truth = step(eager, *rows(1024, d, torch.float64), negatives)
-    return tuple(error(step(f, *rows(1024, d), negatives), truth) for f in (ours, eager))
+def case(negatives, n, d, device, dtype=None):
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    found, absent = peers_of(negatives, n, d, device)
+    return Case(
+        "infonce", f"{negatives} N={n} D={d}", dtype, {"negatives": negatives, "N": n, "D": d},
+        make=lambda device, dtype: Inputs(rows(n, d, device, dtype)), small=lambda device, dtype: Inputs(rows(min(n, 512), d, device, dtype)),
+        ours=lambda backend, a, b: infonce(a, b, temperature=TEMPERATURE, negatives=negatives, backend=backend).mean(),
+        peers=found, absent=absent, work=work(negatives, n, d, device, dtype.itemsize), paper=(n, d) in ((1000, 256), (131_072, 256)),
+        series=f"{negatives} D={d}", n=n, target=TARGETS.get((negatives, n, d), "") if device == "cuda" else "",
+    )  # fmt: skip
 
 
-MEMORY = """
-import torch
-from benchmarks.bench_infonce import eager, ours, rows, step
-torch.set_num_threads(2)
-which, negatives, n, d = arguments[0], arguments[1], int(arguments[2]), int(arguments[3])
-loss = {"ours": ours, "eager": eager}[which]
-def prepare():
-    step(loss, *rows(256, d), negatives)
-    return rows(n, d)
-def work(inputs):
-    step(loss, *inputs, negatives)
-"""
+def cases(large=False, device="cpu"):
+    default, more = (CUDA, CUDA_LARGE) if device == "cuda" else (SIZES, LARGE)
+    return [case(*size, device) for size in dict.fromkeys([*default, *(more if large else [])])]
 
 
-def measure(negatives, n, d, repeats=7, peers=True):
-    """One row of the table as a dict; seconds forward and backward, MiB beyond the inputs (gradients counted)."""
-    ours_error, eager_error = checked(negatives, d)
-    if ours_error > 2 * eager_error + torch.finfo(torch.float32).eps:
-        raise AssertionError(f"infonce {negatives} D={d}: error {ours_error:.1e} is above twice PyTorch's own {eager_error:.1e}; nothing is timed")
-    a, b = rows(n, d)
-    calls = {"ours": lambda: step(ours, a, b, negatives)}
-    if peers:
-        calls["eager"] = lambda: step(eager, a, b, negatives)
-    times = interleaved(calls, repeats)
-    row = {"op": "infonce", "negatives": negatives, "N": n, "D": d, "dtype": "float32", "error": ours_error, "eager_error": eager_error, **times}
-    row["extra_MiB"] = peak_mib(MEMORY, "ours", negatives, n, d)
-    if peers:
-        row["ratio"] = times["eager"]["median_s"] / times["ours"]["median_s"]
-        row["eager_extra_MiB"] = peak_mib(MEMORY, "eager", negatives, n, d)
-    return row
-
-
-@pytest.mark.parametrize("negatives, n, d", SIZES[:4])
-@pytest.mark.parametrize("which", ["ours", "eager"])
-def test_infonce(benchmark, which, negatives, n, d):
-    ours_error, eager_error = checked(negatives, d)
-    assert ours_error <= 2 * eager_error + torch.finfo(torch.float32).eps
-    a, b = rows(n, d)
-    benchmark.group = f"infonce {negatives} N={n} D={d} fwd+bwd"
-    benchmark.extra_info["extra_MiB"] = peak_mib(MEMORY, which, negatives, n, d)
-    benchmark.pedantic(step, args=({"ours": ours, "eager": eager}[which], a, b, negatives), rounds=3, warmup_rounds=1)
-
-
-HEADER = f"{'':22}{'ours s':>9}{'eager s':>9}{'ratio':>7}{'MiB':>8}{'eager MiB':>11}{'error':>10}{'eager':>9}"
-
-
-def line(r):
-    eager_s, ratio, eager_mib = (r["eager"]["median_s"], r["ratio"], r["eager_extra_MiB"]) if "eager" in r else (float("nan"),) * 3
-    name = f"{r['negatives']} N={r['N']} D={r['D']}"
-    times = f"{r['ours']['median_s']:9.3f}{eager_s:9.3f}{ratio:7.1f}"
-    return f"{name:22}{times}{r['extra_MiB']:8.1f}{eager_mib:11.0f}{r['error']:10.1e}{r['eager_error']:9.1e}"
-
-
-def main():
-    parser = harness.parser(__doc__)
-    parser.add_argument("--large", action="store_true", help="N = 65,536 too, without eager (17 GB a copy)")
-    asked = harness.start(parser)
-    sizes = [(*size, asked.repeats) for size in SIZES] + ([("cross", 65_536, 64, 2, False)] if asked.large else [])
-    harness.tabulate(asked, HEADER, (measure(*size) for size in sizes), line)
-
-
-if __name__ == "__main__":
-    main()
+test_infonce = microbenchmark(cases)

@@ -1,109 +1,89 @@
-"""warp on the CPU against the eager composition it replaces: `pytest benchmarks/bench_warp.py`, or `python -m benchmarks.bench_warp` for the table.
+"""warp with L2 normalisation against the eager compositions that it replaces: `python -m benchmarks.run warp`.
 
-Eager is F.affine_grid, F.grid_sample, permute, index, F.normalize and autograd. Rows and gradients of both are checked against float64 on one image
-before anything is timed, and against each other at the size that is timed.
+Eager is F.affine_grid, F.grid_sample of the whole map, permute, index and F.normalize; "points alone" samples each image at its own points only, which is
+the better way where they are few. Sizes: Pix2Rep's, then 1, 3, 10 and 100 % of the points of one map, and a volume; both layouts.
 """
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import harness
-from benchmarks.harness import interleaved
+from benchmarks.case import Case, Inputs, Peer, Work, seeded, with_compile
+from benchmarks.micro import microbenchmark
 from pix2rep_kernels import warp
 from pix2rep_kernels.layout import memory_format
-from pix2rep_kernels.testing import error, tolerance
 
-# B, C, S, points (None: all). The first two are Pix2Rep's; then more channels, fewer, one image, a volume.
-SIZES = [
-    (8, 256, (128, 128), 1000),
-    (8, 64, (64, 64), None),
-    (8, 256, (64, 64), None),
-    (8, 16, (128, 128), None),
-    (1, 64, (128, 128), None),
-    (2, 32, (16, 32, 32), None),
-]
-LAYOUTS = ("last", "first")
+# B, C, S, points (None: all)
+SIZES = [(8, 256, (128, 128), 1000), (8, 64, (64, 64), None)]
+DENSITIES = [(8, 64, (128, 128), 8 * 128 * 128 * percent // 100 if percent < 100 else None) for percent in (1, 3, 10, 100)]
+LARGE = [*DENSITIES, (8, 256, (64, 64), None), (8, 16, (128, 128), None), (1, 64, (128, 128), None), (2, 32, (16, 32, 32), None)]
+CUDA = [(8, 128, (128, 128), 65_536), (8, 256, (128, 128), 1000), (8, 256, (128, 128), None)]
+CUDA_LARGE = [(48, 256, (128, 128), None), *((48, 256, (128, 128), 48 * 128 * 128 * percent // 100) for percent in (1, 3, 10)), (2, 32, (64, 128, 128), None)]
+
+
+def sampled(features, grid):
+    """[B, P.., C]; half precision goes through float32, as autocast sends it: a grid in bfloat16 misses its pixels."""
+    features = features.float() if features.dtype.itemsize == 2 else features
+    return F.grid_sample(features, grid.to(features.dtype), align_corners=True).movedim(1, -1)
 
 
 def eager(features, theta, points):
     grid = F.affine_grid(theta, (len(features), 1, *features.shape[2:]), align_corners=True)
-    warped = F.grid_sample(features, grid, align_corners=True)
-    rows = warped.movedim(1, -1).flatten(0, -2)
-    return F.normalize(rows if points is None else rows[points])
+    rows = sampled(features, grid).flatten(0, -2)
+    return F.normalize(rows if points is None else rows[points]).to(features.dtype)
 
 
-def ours(features, theta, points):
-    return warp(features, theta, points=points, normalize=True, backend="cpu")[0]
+def points_alone(features, theta, points):
+    """Each image at its own points; the rows go back into the order in which the points were given."""
+    space = features.shape[2:]
+    grid = F.affine_grid(theta, (len(features), 1, *space), align_corners=True).flatten(1, -2)
+    order = points.argsort()
+    counts = torch.bincount(points // space.numel(), minlength=len(features)).tolist()
+    parts = []
+    for image, at, own in zip(features.split(1), grid, (points[order] % space.numel()).split(counts), strict=True):  # one gradient map, not one an image
+        where = at[own].view(1, *(1,) * (len(space) - 1), -1, len(space))
+        parts.append(sampled(image, where).flatten(0, -2))
+    return F.normalize(torch.cat(parts)[order.argsort()]).to(features.dtype)
 
 
-def inputs(batch, channels, space, points, layout, dtype=torch.float32):
+def inputs(batch, channels, space, points, layout, device, dtype):
     """Features that want a gradient, affine grids near the identity, points without repeats, an upstream gradient."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(device)
     dims, pixels = len(space), batch * torch.Size(space).numel()
-    features = torch.randn(batch, channels, *space, generator=generator)
-    theta = torch.eye(dims, dims + 1) + 0.1 * torch.randn(batch, dims, dims + 1, generator=generator)
-    drawn = None if points is None else torch.randperm(pixels, generator=generator)[:points]
-    upstream = torch.randn(pixels if points is None else points, channels, generator=generator)
+    features = torch.randn(batch, channels, *space, generator=generator, device=device)
+    theta = torch.eye(dims, dims + 1, device=device) + 0.1 * torch.randn(batch, dims, dims + 1, generator=generator, device=device)
+    drawn = None if points is None else torch.randperm(pixels, generator=generator, device=device)[:points]
+    upstream = torch.randn(pixels if points is None else points, channels, generator=generator, device=device)
     if layout == "last":
         features = features.contiguous(memory_format=memory_format(dims + 2))
-    return features.to(dtype).requires_grad_(), theta.to(dtype), drawn, upstream.to(dtype)
+    return Inputs([features.to(dtype).requires_grad_(), theta, drawn], (upstream.to(dtype),))
 
 
-def step(call, features, theta, points, upstream):
-    features.grad = None
-    rows = call(features, theta, points)
-    rows.backward(upstream)
-    return rows.detach(), features.grad
+def case(batch, channels, space, points, layout, device, dtype):
+    pixels = batch * torch.Size(space).numel()
+    whole, rows = (count * channels * dtype.itemsize for count in (pixels, pixels if points is None else points))
+    found = {"eager": Peer(eager)}
+    if points is not None:
+        found["points alone"] = Peer(points_alone)
+    edge = tuple(min(s, 32) for s in space)
+    few = None if points is None else max(1, points * torch.Size(edge).numel() // pixels)
+    share = "all" if points is None else points
+    return Case(
+        "warp", f"B={batch} C={channels} S={'x'.join(map(str, space))} P={share} {layout}", dtype,
+        {"B": batch, "C": channels, "S": space, "points": points, "percent": 100 if points is None else round(100 * points / pixels, 2)},
+        make=lambda device, dtype: inputs(batch, channels, space, points, layout, device, dtype),
+        small=lambda device, dtype: inputs(1, channels, edge, few, layout, device, dtype),
+        ours=lambda backend, f, theta, p: warp(f, theta, points=p, normalize=True, backend=backend)[0],
+        peers=with_compile(found),
+        work={"forward": Work(min(whole, 2 ** len(space) * rows) + rows), "backward": Work(2 * rows + whole)}, layout=layout, paper=points == 1000,
+        target="2x floor, 4x eager" if device == "cuda" and layout == "last" else "",
+    )  # fmt: skip
 
 
-def checked(batch, channels, space, points, layout):
-    """Largest relative error of rows and gradients against float64 on one image: ours, eager's."""
-    small = (1, channels, space, None if points is None else points // batch, layout)
-    truth = step(eager, *inputs(*small, torch.float64))
-    mine, theirs = (error(step(call, *inputs(*small)), truth) for call in (ours, eager))
-    if mine > tolerance(theirs, torch.float32):
-        raise AssertionError(f"warp {small}: error {mine:.1e} is above twice PyTorch's own {theirs:.1e}; nothing is timed")
-    return mine, theirs
+def cases(large=False, device="cpu"):
+    default, more = (CUDA, CUDA_LARGE) if device == "cuda" else (SIZES, LARGE)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    sizes = dict.fromkeys([*default, *(more if large else [])])
+    return [case(*size, layout, device, dtype) for size in sizes for layout in ("last", "first")]
 
 
-def measure(batch, channels, space, points, layout, repeats=7):
-    """One row of the table: seconds forward and backward, forward alone."""
-    mine, theirs = checked(batch, channels, space, points, layout)
-    given = inputs(batch, channels, space, points, layout)
-    apart = error(step(ours, *given), [x.clone() for x in step(eager, *given)])
-    both = interleaved({name: lambda call=call: step(call, *given) for name, call in (("ours", ours), ("eager", eager))}, repeats)
-    with torch.no_grad():
-        forward = interleaved({name: lambda call=call: call(*given[:3]) for name, call in (("ours", ours), ("eager", eager))}, repeats)
-    return {
-        "op": "warp", "B": batch, "C": channels, "S": space, "points": points, "layout": layout, "dtype": "float32",
-        "error": mine, "eager_error": theirs, "apart": apart, "forward_backward": both, "forward": forward,
-        "ratio": both["eager"]["median_s"] / both["ours"]["median_s"], "forward_ratio": forward["eager"]["median_s"] / forward["ours"]["median_s"],
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("which", ["ours", "eager"])
-def test_warp(benchmark, which, size, layout):
-    benchmark.extra_info["error"], benchmark.extra_info["eager_error"] = checked(*size, layout)
-    benchmark.group = f"warp {size} channels {layout} fwd+bwd"
-    benchmark.pedantic(step, args=({"ours": ours, "eager": eager}[which], *inputs(*size, layout)), rounds=3, warmup_rounds=1)
-
-
-HEADER = f"{'':38}{'ours ms':>9}{'eager ms':>10}{'ratio':>7}{'forward':>9}{'error':>10}{'eager':>9}"
-
-
-def line(r):
-    name = f"B={r['B']} C={r['C']} S={'x'.join(map(str, r['S']))} P={r['points'] or 'all'} {r['layout']}"
-    mine, theirs = (1e3 * r["forward_backward"][side]["median_s"] for side in ("ours", "eager"))
-    return f"{name:38}{mine:9.2f}{theirs:10.2f}{r['ratio']:7.1f}{r['forward_ratio']:9.1f}{r['error']:10.1e}{r['eager_error']:9.1e}"
-
-
-def main():
-    asked = harness.start(harness.parser(__doc__))
-    harness.tabulate(asked, HEADER, (measure(*size, layout, asked.repeats) for size in SIZES for layout in LAYOUTS), line)
-
-
-if __name__ == "__main__":
-    main()
+test_warp = microbenchmark(cases)
