@@ -10,14 +10,19 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 4096  # rows of the chunked peer
 
 
+def wide(s):
+    """float32 of 16-bit similarities, as autocast's cross-entropy takes them; others as they are."""
+    return s.float() if s.element_size() == 2 else s
+
+
 def eager(a, b, negatives, temperature):
     """One product, cross-entropy both ways; NT-Xent leaves an anchor out by -inf on the diagonal."""
     n = len(a)
     if negatives == "cross":
-        s, target = a @ b.T / temperature, torch.arange(n, device=a.device)
-        return (F.cross_entropy(s.float(), target) + F.cross_entropy(s.T.float(), target)) / 2
+        s, target = wide(a @ b.T / temperature), torch.arange(n, device=a.device)
+        return (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2
     z = torch.cat([a, b])
-    s = (z @ z.T / temperature).float()
+    s = wide(z @ z.T / temperature)
     s.fill_diagonal_(-torch.inf)
     return F.cross_entropy(s, torch.arange(2 * n, device=a.device).roll(n))
 
@@ -28,7 +33,7 @@ def chunked(a, b, negatives, temperature):
     sides = [(a, b, 0), (b, a, 0)] if negatives == "cross" else [(torch.cat([a, b]), torch.cat([a, b]), n)]
 
     def part(rows, columns, first, shift):
-        s = (rows @ columns.T / temperature).float()
+        s = wide(rows @ columns.T / temperature)
         here = torch.arange(first, first + len(rows), device=a.device)
         if shift:
             s = s.scatter(1, here.unsqueeze(1), -torch.inf)

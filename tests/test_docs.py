@@ -35,7 +35,6 @@ TINY = {
     " downstream.finetune_steps=2 downstream.finetune_batch_size=2 downstream.finetune_lr=1e-3 downstream.overlays=1 downstream.bootstrap=50",
 }
 COMMANDS = typer.main.get_command(app).commands
-PENDING = {"profile"} - COMMANDS.keys()  # described before it is merged
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
@@ -68,8 +67,6 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 
 def run_tiny(words):
     command = words[0]
-    if command in PENDING:
-        return
     if command == "phantom":
         words = [words[0], words[1], "--patients", "6", "--size", "32"]
     elif command == "pretrain":
@@ -91,8 +88,6 @@ def test_commands_parse(page):
         if piece["kind"] != "bash":
             continue
         for name, *rest in commands(piece["text"]):
-            if name in PENDING:
-                continue
             context = COMMANDS[name].make_context(name, list(rest))  # an unknown option or a missing argument raises
             config = context.params.get("config")
             load(None if config and config.endswith(".yaml") else config, context.params.get("overrides") or ())
