@@ -77,5 +77,5 @@ def gradient_blocks(form: Format, d_own: int, d_other: int, scattered: bool) -> 
     if form.half:
         return Blocks(min(own, 64 if scattered else 128), other if other <= 256 else 64, 64, 8, 2)
     if form.precision == "tf32":
-        return Blocks(min(own, 64 if scattered else 128), min(other, 64), 64, 8, 2)
+        return Blocks(min(own, 64 if scattered else 128), min(other, 32 if scattered else 64), 64, 8, 2)
     return Blocks(min(own, 32 if scattered else 64), min(other, 16), 64, 4 if scattered else 8, 2)

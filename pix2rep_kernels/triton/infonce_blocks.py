@@ -103,11 +103,12 @@ def row_blocks(form: Format, shared: int = SHARED_H100) -> Blocks:
 
 def product_blocks(form: Format, shared: int = SHARED_H100, plain: bool = True) -> Blocks:
     """128 own rows, because loads from L2 are 4 D / own bytes a pair. A thread of 8 warps holds 64 values of the tile and 64 of the
-    accumulator at D = 128; beyond, 32 and 128. To D = 64 two programs share a multiprocessor. Before Hopper ids, a shift or a running maximum
-    (not `plain`) leave no registers for that."""
+    accumulator at D = 128; beyond, 32 and 128. To D = 64 two programs share a multiprocessor, with half as many streamed rows where ids, a shift or
+    a running maximum (not `plain`) take registers too; before Hopper those leave none for it."""
     if not form.half:
         return Blocks(64, 32, 4, 1 if form.precision == "ieee" else 2)
-    wide = [Blocks(128, 128, 8, 2, 128 if form.d <= 64 else None)] if form.slice <= 128 and (plain or shared >= SHARED_H100) else []
+    shares = form.d <= 64
+    wide = [Blocks(128, 128 if plain or not shares else 64, 8, 2, 128 if shares else None)] if form.slice <= 128 and (plain or shared >= SHARED_H100) else []
     return _fitting(form, shared, True, *wide, Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1))
 
 
