@@ -278,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cpu-time", action="store_true", help="processor seconds, for a busy machine; with --threads 1")
     made.add_argument("--repeats", type=int, default=7)
     made.add_argument("--budget-s", type=float, default=2.0, help="repeat one side of a case at most this long")
-    made.add_argument("--limit-s", type=float, default=60.0, help="do not start a side that would take longer, by its smaller sizes")
+    made.add_argument("--limit-s", type=float, default=20.0, help="do not start a side that would take longer, by its smaller sizes")
     made.add_argument("--no-memory", action="store_true")
     made.add_argument("--large", action="store_true", help="every size and the peers that compile: hours")
     return made
