@@ -5,10 +5,14 @@ pixels of a full batch compares 147,456 or 262,144 rows with each other: minutes
 beside 1000 samples at that batch.
 """
 
+import argparse
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from benchmarks import harness
 from pix2rep.config import Config, load
@@ -33,7 +37,7 @@ def batches(full: int, large: bool) -> dict[int, list[tuple[str, int | None]]]:
 
 
 def measure(asked) -> Iterator[dict]:
-    for name, config in NETWORKS.items():
+    for name, config in ((name, NETWORKS[name]) for name in asked.networks):
         for batch, cases in batches(config.pretrain.batch_size, asked.large).items():
             for objective, samples in cases:
                 loss = replace(config.loss, objective=objective, num_samples=samples)
@@ -72,16 +76,27 @@ def line(r: dict) -> str:
 HEADER = f"{'':49}images/s  loss's    peak MiB  resident  steps   load"
 
 
-def main():
-    parser = harness.parser(__doc__)
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--large", action="store_true", help="all-pixel InfoNCE at the full batch")
     parser.add_argument("--resident", action="store_true", help="also the growth of a fresh process, for each row")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds that the timing of a row may take")
     parser.add_argument("--cpu-time", action="store_true", help="seconds of the CPU, not of the wall: for a busy machine, with --threads 1")
-    asked = harness.start(parser)
+    asked = parser.parse_args(given)
+    torch.set_num_threads(asked.threads)
     if asked.cpu_time:
         CpuSeconds.clock = staticmethod(time.process_time)
-    harness.tabulate(asked, HEADER, measure(asked), line)
+    print(HEADER)
+    table = []
+    for row in measure(asked):
+        table.append(row)
+        print(line(row), flush=True)
+        if asked.json:
+            harness.write_json(asked.json, {"threads": asked.threads, **harness.surroundings(), "rows": table})
 
 
 if __name__ == "__main__":
