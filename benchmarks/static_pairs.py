@@ -79,7 +79,7 @@ def _sums(name: str, d: int, left_out, *, gate: bool = False, precision: str = "
         "D": form.d, "CHUNK": form.chunk, "LEFT_OUT": left_out.value, "TRIANGLE": left_out is JOINT, "STREAM_SUMS": True, "VALID": False,
         "IDS": False, "SHIFT": False, "PRECISION": form.precision,
     }  # fmt: skip
-    masked = changes.get("VALID", False) or changes.get("IDS", False) or left_out is OWN_POSITIVE
+    masked = changes.get("VALID", False) or changes.get("IDS", False) or left_out in (OWN_POSITIVE, NOTHING)
 
     def blocks(shared):
         return infonce_blocks.sum_blocks(form, masked, shared).options

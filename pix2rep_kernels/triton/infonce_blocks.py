@@ -82,7 +82,7 @@ def format_of(width: int, dtypes: set[torch.dtype], precision: str | None) -> Fo
 
 
 def sum_blocks(form: Format, masked: bool, shared: int = SHARED_H100) -> Blocks:
-    """`masked`: single pairs are left out by masks, ids or given positives.
+    """`masked`: single pairs are left out by masks, ids or given positives, or a queue is streamed, whose groups take a register.
 
     64 streamed rows leave 64 values of the tile to a thread. What is kept is so wide that its loads from L2, 2 D / own bytes a pair, take
     less time than the exponentials or products: 128 rows to D = 64, 256 beyond. 128 registers keep 16 warps on a multiprocessor, which

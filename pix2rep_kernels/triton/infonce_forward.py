@@ -247,7 +247,7 @@ def _sweep(problem: Problem, own: Rows, stream: Rows, left_out: int, *, triangle
     if problem.regime == ONLINE.value:
         return [_online(problem, *pair, left_out, Sums(empty.unsqueeze(0), empty), has_ids) for pair in pairs]
     weighed = own.ragged or stream.ragged
-    blocks = sum_blocks(form, weighed or has_ids or left_out == OWN_POSITIVE.value, problem.shared)
+    blocks = sum_blocks(form, weighed or has_ids or left_out in (OWN_POSITIVE.value, NOTHING.value), problem.shared)
     own_blocks, tiles = triton.cdiv(own.count, blocks.own), triton.cdiv(stream.count, blocks.stream)
     own_part, part_tiles = triangle_parts_of(own_blocks, blocks) if triangle else parts_of(own_blocks, tiles, problem.groups)
     own_parts, stream_parts = triton.cdiv(own_blocks, own_part), triton.cdiv(tiles, part_tiles)
