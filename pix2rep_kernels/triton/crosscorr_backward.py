@@ -73,7 +73,7 @@ def affine(
         tl.store(to, gradient.to(out_ptr.dtype.element_ty), mask=present[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=("blocks",))  # n that 16 divides saves instructions of its mask
 def crosscorr_gradients_kernel(
     x_ptr, y_ptr, weight_ptr, for_x_ptr, for_y_ptr, largest_ptr, sum_x_ptr, sum_y_ptr, square_x_ptr, square_y_ptr, pivot_x_ptr, pivot_y_ptr,
     grad_x_ptr, grad_y_ptr, n, d1, d2, x_row, x_column, y_row, y_column, weight_stride, width_x, width_y, blocks,  # of rows, to a program
