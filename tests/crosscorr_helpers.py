@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from pix2rep_kernels import crosscorr
@@ -134,3 +135,17 @@ def compare(backend, x, y, weight=None, normalization="batchnorm", needs=(True, 
         own = max(error([e], [t]), eps * r) * shrink * (1.5 if wide else 1)
         allowed = tolerance(own, g.dtype)
         assert error([g], [t]) <= allowed, (backend, name, tuple(x.shape), tuple(y.shape), x.dtype, options["normalization"], error([g], [t]), allowed)
+
+
+def refuses_what_does_not_fit(ops, *bad):
+    """The compiled op of a namespace and its backward name the argument that is off; `bad` are calls beyond those that every backend refuses."""
+    x, y = views(5, 3, 4)
+    for arguments in ((x[0], y, None), (x, y[:4], None), (x, y, torch.ones(4)), (x, y, torch.ones(5, 1)), (x, y, torch.ones(5, dtype=torch.bool)), *bad):
+        with pytest.raises(RuntimeError, match="` must "):
+            ops.crosscorr(*arguments)
+    good = [torch.zeros(3), torch.zeros(4), torch.zeros(3), torch.zeros(4), torch.zeros(3, 4), x, y, torch.ones(5), torch.zeros(3), torch.zeros(4), True, True]
+    assert [g.shape for g in ops.crosscorr_backward(*good)] == [x.shape, y.shape]
+    for k in (0, 1, 2, 3, 4, 7, 8, 9):
+        for off in (good[k][:-1], good[k].double(), good[k].unsqueeze(0)):
+            with pytest.raises(RuntimeError, match="` must "):
+                ops.crosscorr_backward(*good[:k], off, *good[k + 1 :])

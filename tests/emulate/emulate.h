@@ -41,6 +41,17 @@ struct alignas(16) uint4 {
 
 inline Dim3 blockIdx, gridDim, blockDim, threadIdx;
 
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __int_as_float(int bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 namespace pix2rep::device {
 
 constexpr int kWarp = 32;
@@ -236,8 +247,7 @@ uint32_t subtract(uint32_t x, uint32_t y, S) {
 }
 
 inline uint32_t to_tf32(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const uint32_t bits = uint32_t(__float_as_int(x));
   return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~0x1fffu;
 }
 
@@ -277,6 +287,20 @@ void load_tiles(uint32_t (&to)[4], SharedAddress row) {
   std::memcpy(to, out.pair, sizeof(out.pair));
 }
 
+// The 32 lanes' parts of a product x y, as mma's accumulators are laid out.
+struct Product {
+  float d[4];
+};
+template <int kDepth>
+void multiply_tiles(const float (&x)[16][kDepth], const float (&y)[kDepth][8], Product* results) {
+  float product[16][8] = {};
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < kDepth; ++k)
+      for (int j = 0; j < 8; ++j) product[i][j] += x[i][k] * y[k][j];
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int i = 0; i < 4; ++i) results[lane].d[i] = product[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
 // Fragments of m16n8k16: lane l has row l / 4 and l / 4 + 8 of a, column l / 4 of b, each at k = 2 (l % 4), one more, and 8 more.
 template <class S>
 void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], S) {
@@ -284,26 +308,19 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], S) 
     uint16_t a[4][2], b[2][2];
   } mine;
   std::memcpy(mine.a, a, sizeof(mine.a)), std::memcpy(mine.b, b, sizeof(mine.b));
-  struct Out {
-    float d[4];
-  };
-  const Out sum = exchange<Out>(mine, [](const In* all, Out* results) {
+  const Product sum = exchange<Product>(mine, [](const In* all, Product* results) {
     const auto wide = [](uint16_t bits) {
       S value;
       std::memcpy(&value, &bits, 2);
       return float(value);
     };
-    float x[16][16], y[16][8], product[16][8] = {};
+    float x[16][16], y[16][8];
     for (int lane = 0; lane < kWarp; ++lane)
       for (int k = 0; k < 2; ++k) {
         for (int i = 0; i < 4; ++i) x[lane / 4 + i % 2 * 8][lane % 4 * 2 + k + i / 2 * 8] = wide(all[lane].a[i][k]);
         for (int i = 0; i < 2; ++i) y[lane % 4 * 2 + k + i * 8][lane / 4] = wide(all[lane].b[i][k]);
       }
-    for (int i = 0; i < 16; ++i)
-      for (int k = 0; k < 16; ++k)
-        for (int j = 0; j < 8; ++j) product[i][j] += x[i][k] * y[k][j];
-    for (int lane = 0; lane < kWarp; ++lane)
-      for (int i = 0; i < 4; ++i) results[lane].d[i] = product[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    multiply_tiles(x, y, results);
   });
   for (int i = 0; i < 4; ++i) d[i] += sum.d[i];
 }
@@ -315,26 +332,14 @@ inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     uint32_t a[4], b[2];
   } mine;
   std::memcpy(mine.a, a, sizeof(mine.a)), std::memcpy(mine.b, b, sizeof(mine.b));
-  struct Out {
-    float d[4];
-  };
-  const Out sum = exchange<Out>(mine, [](const In* all, Out* results) {
-    const auto wide = [](uint32_t bits) {
-      float value;
-      bits &= ~0x1fffu;
-      std::memcpy(&value, &bits, 4);
-      return value;
-    };
-    float x[16][8], y[8][8], product[16][8] = {};
+  const Product sum = exchange<Product>(mine, [](const In* all, Product* results) {
+    const auto wide = [](uint32_t bits) { return __int_as_float(int(bits & ~0x1fffu)); };
+    float x[16][8], y[8][8];
     for (int lane = 0; lane < kWarp; ++lane) {
       for (int i = 0; i < 4; ++i) x[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = wide(all[lane].a[i]);
       for (int i = 0; i < 2; ++i) y[lane % 4 + i * 4][lane / 4] = wide(all[lane].b[i]);
     }
-    for (int i = 0; i < 16; ++i)
-      for (int k = 0; k < 8; ++k)
-        for (int j = 0; j < 8; ++j) product[i][j] += x[i][k] * y[k][j];
-    for (int lane = 0; lane < kWarp; ++lane)
-      for (int i = 0; i < 4; ++i) results[lane].d[i] = product[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    multiply_tiles(x, y, results);
   });
   for (int i = 0; i < 4; ++i) d[i] += sum.d[i];
 }
@@ -349,16 +354,6 @@ inline void add_atomic(float* to, float value) { *to += value; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline int __float_as_int(float value) {
-  int bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-inline float __int_as_float(int bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 using std::fabs;
 
 inline void __syncthreads() { pix2rep::device::meet(pix2rep::device::block.barrier, int(blockDim.x)); }
