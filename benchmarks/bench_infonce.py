@@ -29,19 +29,6 @@ TARGETS = {
 }  # fmt: skip
 
 
-def eager(a, b, negatives):
-    """Mean loss; filling the diagonal is the cheapest way to leave an anchor out. Half precision goes through float32 after the product."""
-    n = len(a)
-    wide = (lambda s: s.float()) if a.dtype.itemsize == 2 else (lambda s: s)
-    if negatives == "cross":
-        s, target = wide(a @ b.T / TEMPERATURE), torch.arange(n, device=a.device)
-        return (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2
-    z = torch.cat([a, b])
-    s = wide(z @ z.T / TEMPERATURE)
-    s.fill_diagonal_(-torch.inf)
-    return F.cross_entropy(s, torch.arange(2 * n, device=a.device).roll(n))
-
-
 def rows(n, d, device, dtype):
     generator = seeded(device)
     return [F.normalize(torch.randn(n, d, generator=generator, device=device), dim=1).to(dtype).requires_grad_() for _ in range(2)]
@@ -65,7 +52,7 @@ def work(negatives, n, d, device, width):
 
 def peers_of(negatives, n, d, device):
     def plain(a, b):
-        return eager(a, b, negatives)
+        return peers.eager(a, b, negatives, TEMPERATURE)
 
     pairs = n * n if negatives == "cross" else 4 * n * n
     found, absent = peers.available(device)

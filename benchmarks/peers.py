@@ -16,7 +16,7 @@ def wide(s):
 
 
 def eager(a, b, negatives, temperature):
-    """One product, cross-entropy both ways; NT-Xent leaves an anchor out by -inf on the diagonal."""
+    """One product, cross-entropy both ways; NT-Xent fills the diagonal, the cheapest way to leave an anchor out."""
     n = len(a)
     if negatives == "cross":
         s, target = wide(a @ b.T / temperature), torch.arange(n, device=a.device)
