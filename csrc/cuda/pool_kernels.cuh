@@ -88,6 +88,16 @@ struct PoolRun {
   }
 };
 
+// f(first sorted pixel, run) of every region's run in a chunk.
+template <class F>
+__device__ __forceinline__ void each_run(const PoolProblem& p, const PoolOrder& sorted, int64_t begin, int64_t end, const F& f) {
+  for (int64_t at = begin; at < end;) {
+    const PoolRun run(p, sorted, at, begin, end);
+    if (run.region < p.regions) f(at, run);
+    at = run.stop;
+  }
+}
+
 // Channels last: a warp a chunk and a block of channels, 2^log2_lanes lanes along channels, kVector each, and the rest of the lanes along pixels.
 // means [B, R, C]; slots [chunks, 2, C].
 template <class S, int kVector>
@@ -99,12 +109,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool_rows(PoolProblem p, int 
   const int64_t c = (task % channel_blocks * lanes + (lane & (lanes - 1))) * kVector;
   const bool present = c < p.channels;
   if (begin >= total) return;
-  for (int64_t at = begin; at < end;) {
-    const PoolRun run(p, sorted, at, begin, end);
-    if (run.region == p.regions) {
-      at = run.stop;
-      continue;
-    }
+  each_run(p, sorted, begin, end, [&](int64_t at, const PoolRun& run) {
     const S* first = features + run.image * (p.stride_batch - p.pixels * p.stride_pixel) + c;  // of a sorted pixel counted over the batch
     double sum[kVector] = {};
     for (int64_t from = at + group; from < run.stop; from += kPoolAhead * groups) {
@@ -129,8 +134,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2) pool_rows(PoolProblem p, int 
 #pragma unroll
     for (int i = 0; i < kVector; ++i)
       if (present && group == 0) run.leave(p, chunk, c + i, sum[i], share, means, slots);
-    at = run.stop;
-  }
+  });
 }
 
 // Channels in planes: a warp a chunk and kPoolPlanes channels, lanes along sorted pixels, which are neighbours in a compact region.
@@ -141,12 +145,7 @@ __global__ void __launch_bounds__(kPoolThreads, 3) pool_planes(PoolProblem p, co
   const int64_t begin = chunk * kPoolChunk, end = begin + kPoolChunk < total ? begin + kPoolChunk : total;
   const int lane = threadIdx.x % 32;
   if (begin >= total) return;
-  for (int64_t at = begin; at < end;) {
-    const PoolRun run(p, sorted, at, begin, end);
-    if (run.region == p.regions) {
-      at = run.stop;
-      continue;
-    }
+  each_run(p, sorted, begin, end, [&](int64_t at, const PoolRun& run) {
     const S* first = features + run.image * (p.stride_batch - p.pixels * p.stride_pixel) + c * p.stride_channel;
     double sum[kPoolPlanes] = {};
     for (int64_t i = at + lane; i < run.stop; i += 32) {
@@ -167,8 +166,7 @@ __global__ void __launch_bounds__(kPoolThreads, 3) pool_planes(PoolProblem p, co
       const double all = sum_lanes(sum[k], 32);
       if (lane == k && c + k < p.channels) run.leave(p, chunk, c + k, all, share, means, slots);
     }
-    at = run.stop;
-  }
+  });
 }
 
 // Segments that cross chunks, from their slots in order, in eight interleaved sums; 0 for empty regions.
