@@ -57,8 +57,8 @@ def why_unavailable(op: str, backend: str) -> str | None:
 def _has_kernel(op: str, backend: str) -> bool:
     """Whether the loaded object of `backend` registered a kernel of `op`; the schema alone comes with _C."""
     key = "CUDA" if backend == "cuda" and not native.emulated() else "CPU"
-    name = f"{'pix2rep_emulated' if backend == 'cuda' and native.emulated() else 'pix2rep_native'}::{op}"
-    return hasattr(native.namespace(backend), op) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    ops = native.namespace(backend)
+    return hasattr(ops, op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"{ops.name}::{op}", key)
 
 
 def why_not(op: str, backend: str, tensors: list[Tensor | None]) -> str | None:

@@ -104,8 +104,8 @@ def infonce(
     def against(anchors, candidates, column, valid, valid_candidates, ids, ids_candidates):
         first = dist.get_rank(group) * len(candidates)
         everything = gather(candidates, group)
-        if valid is not None and valid_candidates is None:  # its default is `valid` where the numbers of rows happen to be equal
-            valid_candidates = torch.ones(len(candidates), dtype=torch.bool, device=a.device)
+        if valid is not None:  # the default of a missing one is `valid` where the numbers of rows happen to be equal
+            valid_candidates = _or_all(valid_candidates, candidates)
         return infonce_op.infonce(
             anchors, everything, negatives="forward", positive=column + first, valid_a=valid, valid_b=_gathered(valid_candidates, group), ids_a=ids,
             ids_b=_gathered(ids_candidates, group), **options,
