@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from nibabel.affines import voxel_sizes
 
-from pix2rep import finetune, metrics, report
+from pix2rep import metrics, report
 from pix2rep.config import Config
 from pix2rep.data.cache import PreparedCase
 from pix2rep.data.nifti import save_like
@@ -17,22 +19,46 @@ from pix2rep.networks import Segmenter, build_backbone
 from pix2rep.study import Study, open_study
 
 KINDS = ("probe", "finetune")
+SLICES = 32  # at once through the network
 
 
 def predict_case(model, case: PreparedCase, study: Study) -> np.ndarray:
-    """Labels of one volume at its prepared shape, uint8 [Z, H, W]; what lies outside the centre crop to data.size is background."""
-    import torch
+    """Labels of one volume on its source's own grid, uint8 [Z, H, W] in canonical axes; outside the centre crop to data.size: background.
 
-    images = torch.from_numpy(study.items(case, "image").astype(np.float32))[:, None].to(study.device)
-    return study.volume(finetune.predict(model, images), case)
+    Probabilities are resampled linearly and the largest wins: labels resampled themselves would carry the prepared grid's steps.
+    """
+    model.eval()
+    images = torch.from_numpy(study.items(case, "image").astype(np.float32))[:, None]
+    whole = np.zeros(case.native_shape, np.uint8)
+    (z0, z1), (y0, y1), (x0, x1) = case.crop
+    found = []
+    with torch.no_grad():
+        for batch in images.split(SLICES):
+            p = _fit(model(batch.to(study.device)).float().softmax(1)[:, 1:], case.shape[5 - batch.ndim :])
+            if batch.ndim == 5:
+                p = p[0].transpose(0, 1)  # [Z, K, H, W]
+            p = F.interpolate(p, (y1 - y0, x1 - x0), mode="bilinear", align_corners=False, antialias=True)
+            best, label = p.max(1)
+            found.append(torch.where(best > 1 - p.sum(1), label + 1, 0).byte().cpu().numpy())
+    whole[z0:z1, y0:y1, x0:x1] = np.concatenate(found)
+    return whole
+
+
+def _fit(p, shape: tuple[int, ...]):
+    """Centre crop or zero padding of the last axes to `shape`: what `crop_or_pad` does to arrays."""
+    pads = []
+    for n, s in zip(reversed(p.shape[-len(shape) :]), reversed(shape), strict=True):
+        front = (s - n) // 2 if s >= n else -((n - s) // 2)
+        pads += [front, s - n - front]
+    return F.pad(p, pads)
 
 
 def score_case(prediction: np.ndarray, case: PreparedCase, study: Study, entry: dict) -> list[dict]:
     """One row a class: what, labelled, seed, arm, patient, frame, case, class, dice, hd95, hd95_unit, voxels of truth and prediction.
 
-    prediction [Z, H, W] at the prepared shape. Scored on the source file's own grid: neither a crop nor resampling makes the task easier.
+    prediction [Z, H, W] on the source file's own grid: neither a crop nor resampling makes the task easier.
     """
-    truth, prediction = study.truth(case), case.restore(prediction)
+    truth = study.truth(case)
     unit, spacing = distance_unit(voxel_sizes(np.asarray(case.affine))[::-1])
     overlap = metrics.dice(prediction, truth, len(study.classes))
     distance = metrics.hd95(prediction, truth, len(study.classes), spacing)
@@ -114,7 +140,7 @@ def run(run_dir: Path, config: Config, predictions: Path | None = None) -> dict:
             if predictions is not None:
                 target = Path(predictions) / entry["what"] / file.stem / f"{case.id}.nii.gz"
                 target.parent.mkdir(parents=True, exist_ok=True)
-                save_like(labels, case, target)
+                save_like(labels, study.cases[case.id], target)
         models.append(entry)
         report.say_model(entry, metrics.nanmean([row["dice"] for row in rows[start:]]))
     result = report.write(run_dir / "evaluate", rows, models, study)

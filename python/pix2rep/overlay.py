@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from pix2rep import metrics
-from pix2rep.data.cache import PreparedCase
+from pix2rep.data.cache import PreparedCase, crop_or_pad
+from pix2rep.data.nifti import read
 
 # Okabe and Ito's palette, ordered so that neighbours in it differ in lightness too; black and grey are the image's.
 COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#009E73", "#D55E00", "#0072B2")
@@ -41,30 +42,38 @@ def draw(image: np.ndarray, panels: dict[str, np.ndarray | None], classes: tuple
 
 
 def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[str, np.ndarray]], study, title: str) -> list[Path]:
-    """Write downstream.overlays pictures, spread over the test volumes: CASE.png shows the slice with the most foreground of the truth, at
-    data.size.
+    """Write downstream.overlays pictures, spread over the test volumes: CASE.png shows the slice with the most foreground of the truth, as
+    much of it as data.size holds.
 
-    predictions: {arm: {case id: labels [Z, H, W] at the prepared shape}}. Dice in the panels' titles is the whole volume's. Returns the
+    predictions: {arm: {case id: labels [Z, H, W] on the source's own grid}}. Dice in the panels' titles is the whole volume's. Returns the
     paths.
     """
     from pix2rep.checkpoint import atomic
-    from pix2rep.data.cache import crop_or_pad
 
     count = min(study.config.downstream.overlays, len(cases))
     chosen = [cases[round(i)] for i in np.linspace(0, len(cases) - 1, count)] if count else []
-    paths, size = [], study.config.data.size[-2:]
+    paths = []
     for case in chosen:
-        truth = np.asarray(case.labels())
+        truth = study.truth(case)
         z = int((truth > 0).sum((1, 2)).argmax())
-        panels = {"image": None, "truth": truth[z]}
+        panels = {"image": None, "truth": _seen(truth[z], case, study)}
         for arm, volumes in predictions.items():
             score = metrics.nanmean(metrics.dice(volumes[case.id], truth, len(study.classes)))
-            panels[f"{arm}, Dice {score:.2f}"] = volumes[case.id][z]
-        panels = {name: None if labels is None else crop_or_pad(labels, size) for name, labels in panels.items()}
-        image = crop_or_pad(np.asarray(case.image()[z], np.float32), size)
+            panels[f"{arm}, Dice {score:.2f}"] = _seen(volumes[case.id][z], case, study)
+        volume = read(case.source).array.transpose(2, 1, 0)
+        low, high = np.percentile(volume, study.config.data.percentiles)
+        image = np.clip((_seen(volume[z], case, study) - low) / max(high - low, 1e-6), 0, 1)
         path = folder / f"{case.id}.png"
         figure = draw(image, panels, study.classes, f"{title}: {case.id}, slice {z + 1} of {len(truth)}")
         with atomic(path) as temporary:
             figure.savefig(temporary, format="png")
         paths.append(path)
     return paths
+
+
+def _seen(plane: np.ndarray, case: PreparedCase, study) -> np.ndarray:
+    """What the network sees of a slice [H, W] of the source, at the source's own resolution."""
+    (y0, y1), (x0, x1) = case.crop[1:]
+    size = study.config.data.size[-2:]
+    window = [round(s * (high - low) / n) for s, (low, high), n in zip(size, case.crop[1:], case.shape[1:], strict=True)]
+    return crop_or_pad(plane[y0:y1, x0:x1], tuple(window))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pix2rep.config import Config
-from pix2rep.data.cache import Prepared, PreparedCase, crop_or_pad, prepare, uncrop
+from pix2rep.data.cache import Prepared, PreparedCase, crop_or_pad, prepare
 from pix2rep.data.discover import Case, class_names, discover
 from pix2rep.data.nifti import read_labels
 from pix2rep.data.splits import read_split
@@ -44,11 +44,6 @@ class Study:
         size = self.config.data.size
         array = crop_or_pad(np.asarray(getattr(case, what)()), size)
         return array if len(size) == 2 else array[None]
-
-    def volume(self, items: np.ndarray, case: PreparedCase) -> np.ndarray:
-        """Inverse of `items`: labels at data.size back to the prepared shape [Z, H, W], background where the crop had cut."""
-        dims = len(self.config.data.size)
-        return uncrop(items if dims == 2 else items[0], case.shape[3 - dims :])
 
     def stack(self, cases: list[PreparedCase]) -> tuple[torch.Tensor, torch.Tensor]:
         """All items of `cases`, on the device: images float32 [N, 1, *size] in [0, 1], labels int64 [N, *size]."""

@@ -11,6 +11,7 @@ import torch
 
 from pix2rep import checkpoint, downstream, evaluate, finetune, metrics, probe, report
 from pix2rep import config as config_file
+from pix2rep.data.cache import crop_or_pad, uncrop
 from pix2rep.data.discover import discover
 from pix2rep.data.splits import write_split
 from pix2rep.networks import Segmenter, build_backbone
@@ -234,13 +235,48 @@ def test_evaluate_repeats_the_numbers_and_writes_the_source_geometry(finished, t
 def test_resampled_data_is_scored_on_the_source_grid(finished):
     run, config, _ = finished
     coarse = config_file.from_dict(config_file.to_dict(config))
-    coarse.data.spacing = (3.0, 3.0)
+    coarse.data.spacing = (3.7, 3.7)
     study = open_study(run, coarse)
     case = study.volumes("test")[0]
-    assert case.shape[1:] == (20, 18) and study.truth(case).shape == (4, 40, 36)
-    rows = evaluate.score_case(np.asarray(case.labels()), case, study, {"what": "probe", "labelled": 1, "seed": 0, "arm": "random"})
+    assert case.shape[1:] == (16, 15) and study.truth(case).shape == (4, 40, 36)
+    entry = {"what": "probe", "labelled": 1, "seed": 0, "arm": "random"}
+    rows = evaluate.score_case(predicted := evaluate.predict_case(Oracle(case), case, study), case, study, entry)
+    assert predicted.shape == study.truth(case).shape
     assert rows[0]["truth_voxels"] == int((study.truth(case) == 1).sum())
-    assert 0.6 < rows[0]["dice"] < 1 and rows[0]["hd95"] <= 2 * math.hypot(3, 3)
+    # Better than the same labels in steps of the coarse pixels.
+    stepped = metrics.dice(case.restore(np.asarray(case.labels())), study.truth(case), 3)
+    assert 0.6 < stepped[0] < rows[0]["dice"] < 1 and rows[0]["hd95"] <= math.hypot(3.7, 3.7), (stepped, rows)
+
+
+class Oracle(torch.nn.Module):
+    """Knows the prepared truth of one case."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.truth = torch.from_numpy(crop_or_pad(np.asarray(case.labels()), (SIZE, SIZE))).long()
+
+    def forward(self, x):
+        return 20 * torch.nn.functional.one_hot(self.truth, 4).movedim(-1, 1).float()
+
+
+@pytest.mark.parametrize("size", [(24, 28), (64, 40), (4, 24, 40), (6, 64, 24)])
+def test_predictions_come_back_to_where_they_belong(finished, size):
+    """An identity network whose classes are the image's own intensity, at crops and pads of 2D and 3D sizes."""
+    run, config, _ = finished
+    other = config_file.from_dict(config_file.to_dict(config))
+    other.data.size = size
+    other.network.dims = len(size)
+    study = open_study(run, other)
+    case = study.volumes("test")[0]
+    predicted = evaluate.predict_case(Threshold(), case, study)
+    image = np.asarray(case.image(), np.float32)
+    expected = uncrop(crop_or_pad((image > 0.5).astype(np.uint8), size), image.shape[3 - len(size) :])
+    np.testing.assert_array_equal(predicted, expected)
+
+
+class Threshold(torch.nn.Module):
+    def forward(self, x):
+        return torch.cat([0.5 - x, x - 0.5], 1) * 1e3
 
 
 def test_finetune_trains_both_arms_and_reports(finished, capsys):

@@ -39,6 +39,27 @@ class TestSplits:
             assert sorted(group[p] for p in split["val"]) == list("ABCD")
             assert sorted(group[p] for p in labelled_patients(split, cases, 4, seed)) == list("ABCD")
 
+    def test_groups_of_a_file_and_of_acdc_by_number(self, tmp_path):
+        for p in (1, 2, 3, 4, 21, 22, 23, 24, 81, 82, 83, 84):
+            save(tmp_path / f"data/patient{p:03d}_frame01.nii.gz", volume((4, 4, 2)))
+            save(tmp_path / f"data/patient{p:03d}_frame01_gt.nii.gz", labels((8, 8, 4))[:4, :4, :2])
+        cases = discover(tmp_path / "data")
+        rows = [f"patient{p:03d},{'odd' if p % 2 else 'even'}" for p in range(1, 85)]
+        (tmp_path / "g.csv").write_text("\n".join(["patient,group", *rows]))
+        for seed in range(4):
+            split = make_split(cases, SplitConfig(val=0.25, test=0.25, seed=seed, groups="acdc"))
+            for part in ("val", "test"):
+                assert [(int(p[7:]) - 1) // 20 for p in split[part]] == [0, 1, 4]
+            assert split["groups"]["patient021"] == "HCM" and split["groups"]["patient084"] == "RV"
+            assert len({split["groups"][p] for p in labelled_patients(split, cases, 3, seed)}) == 3
+            split = make_split(cases, SplitConfig(val=2 / 12, test=4 / 12, seed=seed, groups=str(tmp_path / "g.csv")))
+            assert sorted(int(p[7:]) % 2 for p in split["test"]) == [0, 0, 1, 1]
+        with pytest.raises(ValueError, match=r"split.groups must name every patient, got none for 1 of 12 .*first patient084"):
+            (tmp_path / "g.csv").write_text("\n".join(["patient,group", *rows[:-1]]))
+            make_split(cases, SplitConfig(groups=str(tmp_path / "g.csv")))
+        with pytest.raises(ValueError, match='split.groups must be "acdc" or a CSV'):
+            make_split(cases, SplitConfig(groups="nowhere.csv"))
+
     def test_labelled_patients_are_nested_and_labelled(self, tmp_path):
         cases = dataset(tmp_path, 12)
         (tmp_path / "labelsTr/p3.nii.gz").unlink()

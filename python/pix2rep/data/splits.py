@@ -1,6 +1,8 @@
 """Who trains and who tests: splits by patient, balanced over disease groups, written to a file that later commands read."""
 
+import csv
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,23 +13,27 @@ from pix2rep.config import SplitConfig
 from pix2rep.data.discover import Case, disease_group
 
 PARTS = ("pretrain", "val", "test")
+# Of the official 100 training patients of ACDC (Bernard et al. 2018), twenty a group in this order; copies often lack the Info.cfg that says so.
+ACDC_GROUPS = ("DCM", "HCM", "MINF", "NOR", "RV")
 
 
 def make_split(cases: list[Case], config: SplitConfig) -> dict:
     """{"version": 1, "seed": s, "pretrain": [...], "val": [...], "test": [...]}, sorted patient names.
 
     `cases` are Case or PreparedCase. "pretrain" is also the pool of the labelled patients: pre-training sees its images only.
-    Disease groups (Info.cfg) are spread evenly.
+    Disease groups are spread evenly: those of `config.groups`, else of Info.cfg.
     Raises ValueError for shares that leave nobody to pre-train on, or when there are too few patients for the parts asked for.
     """
     if not (0 <= config.val < 1 and 0 <= config.test < 1 and config.val + config.test < 1):
         raise ValueError(f"split.val and split.test must be shares in [0, 1) with a sum below 1, got {config.val} and {config.test}")
-    order = _balanced_order(_groups(cases), config.seed)
+    groups = _groups(cases, config.groups)
+    order = _balanced_order(groups, config.seed)
     test, val = (max(1, round(share * len(order))) if share else 0 for share in (config.test, config.val))
     if len(order) < test + val + 1:
         raise ValueError(f"the split needs at least {test + val + 1} patients (test {test}, val {val}, pretrain 1), got {len(order)}")
     parts = {"pretrain": order[test + val :], "val": order[test : test + val], "test": order[:test]}
-    return {"version": 1, "seed": config.seed} | {part: sorted(parts[part]) for part in PARTS}
+    known = {patient: group for patient, group in sorted(groups.items()) if group}
+    return {"version": 1, "seed": config.seed} | {part: sorted(parts[part]) for part in PARTS} | ({"groups": known} if known else {})
 
 
 def write_split(split: dict, path) -> None:
@@ -64,17 +70,40 @@ def labelled_patients(split: dict, cases: list[Case], n: int, seed: int) -> list
     """
     with_labels = {case.patient for case in cases if case.label is not None}
     pool = [case for case in cases if case.patient in with_labels & set(split["pretrain"])]
-    order = _balanced_order(_groups(pool), seed)
+    groups = _groups(pool)
+    order = _balanced_order(groups | {p: group for p, group in split.get("groups", {}).items() if p in groups}, seed)
     if not 1 <= n <= len(order):
         raise ValueError(f"labelled patients must number 1 to {len(order)} (those with labels in the split's pretrain part), got {n}")
     return order[:n]
 
 
-def _groups(cases: list[Case]) -> dict[str, str]:
+def _groups(cases: list[Case], source: str | None = None) -> dict[str, str]:
     first = {}
     for case in cases:
         first.setdefault(case.patient, case)
-    return {patient: disease_group(case) or "" for patient, case in first.items()}
+    if source is None:
+        return {patient: disease_group(case) or "" for patient, case in first.items()}
+    listed = _acdc_groups(first) if source == "acdc" else _read_groups(source)
+    missing = sorted(first.keys() - listed.keys())
+    if missing:
+        raise ValueError(f"split.groups must name every patient, got none for {len(missing)} of {len(first)} in {source}, first {missing[0]}")
+    return {patient: listed[patient] for patient in first}
+
+
+def _acdc_groups(patients) -> dict[str, str]:
+    numbers = {patient: int(found[1]) for patient in patients if (found := re.fullmatch(r"patient(\d+)", patient))}
+    return {patient: ACDC_GROUPS[(number - 1) // 20] for patient, number in numbers.items() if 1 <= number <= 100}
+
+
+def _read_groups(file: str) -> dict[str, str]:
+    try:
+        with open(file, newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    except OSError as error:
+        raise ValueError(f'split.groups must be "acdc" or a CSV file with the columns patient and group, got {file} ({error})') from error
+    if not rows or not {"patient", "group"} <= rows[0].keys():
+        raise ValueError(f"split.groups must be a CSV file with the columns patient and group, got {file}")
+    return {row["patient"]: row["group"] for row in rows}
 
 
 def _balanced_order(groups: dict[str, str], seed: int) -> list[str]:
