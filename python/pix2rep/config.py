@@ -71,7 +71,8 @@ class NetworkConfig:
     name: str = "basicunet"  # MONAI BasicUNet; or "package.module:factory" returning a Module with `out_channels`
     dims: int = 2
     channels: tuple[int, ...] = (32, 32, 64, 128, 256)  # encoder, five levels
-    features: int = 32  # channels of the full-resolution feature map
+    features: int = 32  # channels of the decoder's last, full-resolution map
+    feature_levels: int = 1  # of the decoder, 1 to 4, that head, probe and segmenter read: the last map and the n - 1 coarser ones, resized
     norm: Literal["batch", "instance", "group"] = "batch"
     head_hidden: int = 256  # projection head: 1x1 conv, BN, ReLU, 1x1 conv
     head_depth: int = 1  # hidden layers
@@ -220,6 +221,7 @@ def check(config: Config) -> None:
         (0 <= low < high <= 100, "data.percentiles", "LOW,HIGH with 0 <= LOW < HIGH <= 100"),
         (0 < small <= large, "spatial.scale", "SMALLEST,LARGEST with 0 < SMALLEST <= LARGEST"),
         (dims in (2, 3), "network.dims", "2 or 3"),
+        (config.network.feature_levels in (1, 2, 3, 4), "network.feature_levels", "1, 2, 3 or 4"),
         (len(config.data.size) == dims, "data.size", f"{dims} numbers (network.dims = {dims})"),
         (config.split.val + config.split.test < 1, "split.val", f"under 1 with split.test = {config.split.test:g}"),
         (config.loss.temperature > 0, "loss.temperature", "above 0"),

@@ -15,7 +15,9 @@ BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class UNet(BasicUNet):
-    """MONAI's BasicUNet without its last 1x1 convolution: [B, 1, *S] -> [B, features, *S], any S.
+    """MONAI's BasicUNet without its last 1x1 convolution: [B, 1, *S] -> [B, out_channels, *S], any S.
+
+    `feature_levels` 1: the decoder's last map, of `features` channels; n: with the n - 1 coarser ones beside it, resized linearly (a hypercolumn).
 
     Every other weight keeps MONAI's name, so `BasicUNet.load_state_dict(weights, strict=False)` takes them and misses `final_conv` alone.
     """
@@ -35,17 +37,29 @@ class UNet(BasicUNet):
         self.final_conv = nn.Identity()
         for up in (self.upcat_4, self.upcat_3, self.upcat_2, self.upcat_1):
             up.is_pad = False  # `forward` pads; MONAI's padding by 0 costs a copy, and torch.compile 2.13 fails on it in channels-last
-        self.out_channels = config.features
+        self.levels = config.feature_levels
+        self.out_channels = sum((config.features, *config.channels[1:4])[: self.levels])
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
         missing = [max(self.SMALLEST, math.ceil(n / self.STRIDE) * self.STRIDE) - n for n in size]
         if not any(missing):
-            return super().forward(x)
+            return self._features(x)
         before = [m // 2 for m in missing]
         pad = [p for m, b in zip(reversed(missing), reversed(before), strict=True) for p in (b, m - b)]
-        features = super().forward(F.pad(x, pad, mode="replicate"))
+        features = self._features(F.pad(x, pad, mode="replicate"))
         return features[(..., *(slice(b, b + n) for b, n in zip(before, size, strict=True)))]
+
+    def _features(self, x: Tensor) -> Tensor:
+        skips = [self.conv_0(x)]
+        for down in (self.down_1, self.down_2, self.down_3, self.down_4):
+            skips.append(down(skips[-1]))
+        maps = [skips.pop()]
+        for up in (self.upcat_4, self.upcat_3, self.upcat_2, self.upcat_1):
+            maps.append(up(maps[-1], skips.pop()))
+        finest, *coarser = maps[: -1 - self.levels : -1]
+        mode = "bilinear" if x.ndim == 4 else "trilinear"
+        return torch.cat([finest, *(F.interpolate(m, finest.shape[2:], mode=mode) for m in coarser)], 1) if coarser else finest
 
 
 def build_backbone(config: NetworkConfig) -> nn.Module:
