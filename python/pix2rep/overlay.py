@@ -40,9 +40,14 @@ def draw(image: np.ndarray, panels: dict[str, np.ndarray | None], classes: tuple
     return figure
 
 
-def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[str, np.ndarray]], study, title: str) -> list[Path]:
-    """Write downstream.overlays pictures, spread over the test volumes: CASE.png shows the slice with the most foreground of the truth, at
-    data.size.
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` evenly spaced indices of `length` things."""
+    return [round(i) for i in np.linspace(0, length - 1, min(count, length))]
+
+
+def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[str, np.ndarray]], study, title: str, prefix: str = "") -> list[Path]:
+    """Write downstream.overlays pictures, spread over the test volumes: <prefix>CASE.png shows the slice with the most foreground of the
+    truth, at data.size.
 
     predictions: {arm: {case id: labels [Z, H, W] at the prepared shape}}. Dice in the panels' titles is the whole volume's. Returns the
     paths.
@@ -50,10 +55,8 @@ def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[s
     from pix2rep.checkpoint import atomic
     from pix2rep.data.cache import crop_or_pad
 
-    count = min(study.config.downstream.overlays, len(cases))
-    chosen = [cases[round(i)] for i in np.linspace(0, len(cases) - 1, count)] if count else []
     paths, size = [], study.config.data.size[-2:]
-    for case in chosen:
+    for case in (cases[i] for i in spread(len(cases), study.config.downstream.overlays)):
         truth = np.asarray(case.labels())
         z = int((truth > 0).sum((1, 2)).argmax())
         panels = {"image": None, "truth": truth[z]}
@@ -62,7 +65,7 @@ def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[s
             panels[f"{arm}, Dice {score:.2f}"] = volumes[case.id][z]
         panels = {name: None if labels is None else crop_or_pad(labels, size) for name, labels in panels.items()}
         image = crop_or_pad(np.asarray(case.image()[z], np.float32), size)
-        path = folder / f"{case.id}.png"
+        path = folder / f"{prefix}{case.id}.png"
         figure = draw(image, panels, study.classes, f"{title}: {case.id}, slice {z + 1} of {len(truth)}")
         with atomic(path) as temporary:
             figure.savefig(temporary, format="png")
