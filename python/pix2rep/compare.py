@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import yaml
@@ -21,7 +22,7 @@ import yaml
 from pix2rep import compare_records as records
 from pix2rep.checkpoint import atomic
 from pix2rep.compare_jobs import Job, Outcome, fail, run_here, run_in_processes
-from pix2rep.compare_time import matched_steps
+from pix2rep.compare_time import matched_steps, quick_seconds_a_step
 from pix2rep.config import Config
 from pix2rep.data.cache import Prepared, prepare
 from pix2rep.data.discover import discover
@@ -83,10 +84,50 @@ def run(plan: Plan, jobs: int = 1, again: str = "") -> dict:
     return result
 
 
-def dry_run(plan: Plan, jobs: int = 1) -> None:
-    """Print every job and whether it is finished. Prepares the volumes in a temporary folder where plan.out has none; changes nothing there."""
+def dry_run(plan: Plan, jobs: int = 1) -> dict[str, int]:
+    """Print every job and whether it is finished, and how long what is left may take. Computes nothing; a new plan.out is not made.
+
+    Returns how many jobs there are and how many of them are to do: {"pretrainings", "cells", "pretrainings_to_do", "cells_to_do"}.
+    """
+    from pix2rep import compare_report
+
     comparison = Comparison(plan, jobs)
-    comparison.open(write=False)
+    with TemporaryDirectory() as temporary:
+        is_new = not (comparison.out / "plan.yaml").is_file()
+        if is_new:
+            comparison.check_out()
+            comparison.out = Path(temporary)
+        comparison.open(write=is_new)
+        comparison.matched = records.read(comparison.out / "match_time.json") or {}
+        comparison.announce()
+        stages = {"pretrainings": comparison.pretrainings(), "cells": comparison.cells()}
+        why = {job: comparison.why_to_do(job) for own in stages.values() for job in own}
+        compare_report.show_jobs(why)
+        for line in _estimates(comparison, [job for job, reasons in why.items() if reasons]):
+            say(line)
+    return {name: len(own) for name, own in stages.items()} | {f"{name}_to_do": sum(bool(why[job]) for job in own) for name, own in stages.items()}
+
+
+def _estimates(comparison: "Comparison", jobs: list[Job]) -> list[str]:
+    """How long `jobs` may take: pre-training by a few steps timed here, cells by those that are finished."""
+    lines, source, seconds = [], None, 0.0
+    for name in dict.fromkeys(job.method for job in jobs if job.task == "pretrain"):
+        source = source or SliceSource(comparison.study.prepared, comparison.study.split["pretrain"], comparison.plan.base.data.size)
+        config, own = comparison.config(name, 0), sum(job.task == "pretrain" and job.method == name for job in jobs)
+        one = quick_seconds_a_step(config, source)
+        seconds += own * one * config.pretrain.steps
+        note = "; before its steps are matched" if comparison.plan.methods[name].match_time and name not in comparison.matched else ""
+        lines.append(f"{name}: {own} pre-trainings of {config.pretrain.steps} steps, {one:.4f} s each{note}")
+    spent = defaultdict(list)
+    for job, record in comparison.finished()[0]:
+        spent[job.task].append(record["seconds"])
+    todo = Counter(job.task for job in jobs if job.task != "pretrain")
+    if todo and set(todo) <= set(spent):
+        seconds += sum(count * _mean(spent[task]) for task, count in todo.items())
+        lines.append(f"about {timedelta(seconds=round(seconds / comparison.jobs))} in all")
+    elif seconds:
+        lines.append(f"about {timedelta(seconds=round(seconds / comparison.jobs))} of pre-training; a cell's time is known once one is finished")
+    return lines
 
 
 class Comparison:
@@ -108,12 +149,14 @@ class Comparison:
         split = replace(made.split, file=str(self.out / "split.json"))
         return replace(made, data=data, split=split, pretrain=replace(made.pretrain, threads=made.pretrain.threads or self.threads))
 
+    def check_out(self) -> None:
+        if self.out.exists() and any(self.out.iterdir()) and not (self.out / "plan.yaml").is_file():
+            raise FileExistsError(f"out must be a new folder or that of a comparison (with plan.yaml), got {self.out}")
+
     def open(self, write: bool = True) -> None:
         """Prepare the volumes and split the patients. `write`: the folder becomes this plan's."""
-        out, method = self.out, next(iter(self.plan.methods))
-        if out.exists() and any(out.iterdir()) and not (out / "plan.yaml").is_file():
-            raise FileExistsError(f"out must be a new folder or that of a comparison (with plan.yaml), got {out}")
-        config = self.config(method, 0)
+        self.check_out()
+        out, config = self.out, self.config(next(iter(self.plan.methods)), 0)
         cases = discover(config.data.root)
         prepared = prepare(cases, config.data, out / "cache")
         split = self._split(prepared)
@@ -310,5 +353,6 @@ def _sigterm() -> Iterator[None]:
 def command(plan: str, data, out, jobs: int, overrides) -> str:
     """The command line that continues a comparison."""
     words = ["pix2rep", "compare", plan, *(overrides or ())]
-    words += [word for flag, value in (("--data", data), ("--out", out), ("--jobs", jobs if jobs > 1 else None)) if value for word in (flag, str(value))]
+    given = {"--data": data, "--out": out, "--jobs": jobs if jobs > 1 else None}
+    words += [word for flag, value in given.items() if value for word in (flag, str(value))]
     return shlex.join(words)

@@ -129,8 +129,8 @@ def caption(result: dict) -> list[str]:
         f"Test patients: {', '.join(split['test'])}.",
         "Dice: absolute, 3D, on the source files' grids; mean over classes, test patients and seeds.",
         f"[ ]: {INTERVAL}; {down['bootstrap']} resamples.",
-        "Settings (learning rate, class weights, step) are chosen by Dice on the validation patients, for every method alike; the test "
-        "patients are looked at once, for this table.",
+        "Settings (learning rate, class weights, step) are chosen by Dice on the validation patients, for every method alike; no test "
+        "patient decides anything.",
         f"Steps: pre-training {'; '.join(arms) or 'none'}; probe {down['probe_steps']}; fine-tuning {down['finetune_steps']}."
         + (f" Random initialisation: {', '.join(random)}." if random else ""),
         f"HD95 in {result['hd95_unit'] or '-'}; (k/m): undefined in k of m. {result['policy'][0].upper()}{result['policy'][1:]}.",
@@ -179,7 +179,7 @@ def show(result: dict) -> None:
     header, rows = cells_of(result)
     table = Table(caption=Text("\n".join(caption(result))), caption_justify="left")
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < 3 else "right", no_wrap=index < 3)
+        table.add_column(name, justify="left" if index < 3 else "right", no_wrap=name not in ("seeds", "better / worse", "HD95"))
     for index, row in enumerate(rows):
         if index and row[:2] != rows[index - 1][:2]:
             table.add_section()
@@ -187,6 +187,23 @@ def show(result: dict) -> None:
     table_console().print(table)
     for entry in result["failed"]:
         say(f"failed: {_failure(entry)}")
+
+
+def show_jobs(why: dict) -> None:
+    """Print {job: why it is to be done, or nothing} as a table, a column a seed."""
+    from rich.table import Table
+
+    from pix2rep.log import table_console
+
+    groups: dict[tuple, dict[int, str]] = {}
+    for job, reasons in why.items():
+        state = "finished" if not reasons else "new" if reasons == ["new"] else "redo"
+        groups.setdefault((job.task, str(job.labelled or "-"), job.method), {})[job.seed] = state
+    seeds = sorted({seed for states in groups.values() for seed in states})
+    table = Table(*("task", "labelled", "method"), *(f"seed {seed}" for seed in seeds))
+    for key, states in groups.items():
+        table.add_row(*key, *(states.get(seed, "") for seed in seeds))
+    table_console().print(table)
 
 
 def _failure(entry: dict) -> str:

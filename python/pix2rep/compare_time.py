@@ -1,5 +1,6 @@
 """Seconds of a pre-training step, and the number of steps that fill another method's time."""
 
+import contextlib
 import statistics
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pix2rep.data.slices import SliceSource
 from pix2rep.training import Training, pick_device
 
 WARMUP, BLOCKS, STEPS = 3, 9, 4  # steps; blocks a method; steps a block
+SLOW = 3.0  # seconds
 
 
 def seconds_a_step(configs: list[Config], source: SliceSource, blocks: int = BLOCKS) -> list[float]:
@@ -24,6 +26,14 @@ def seconds_a_step(configs: list[Config], source: SliceSource, blocks: int = BLO
         for one in running:
             one.batches.close()
     return [statistics.median(own) for own in zip(*found, strict=True)]
+
+
+def quick_seconds_a_step(config: Config, source: SliceSource) -> float:
+    """Of a few steps, or of the first one where it takes seconds: good enough to say when to come back."""
+    one = _Running(config, source)
+    with contextlib.closing(one.batches):
+        first = one.seconds(1)
+        return first if first > SLOW else one.seconds(STEPS)
 
 
 def matched_steps(reference: Config, config: Config, source: SliceSource) -> dict[str, float | int]:
