@@ -187,11 +187,13 @@ def compare(
 
     loaded = load_plan(plan, overrides or (), data, out)
     _show_logging()
+    if dry_run:
+        from pix2rep.compare_dry import dry_run as show
+
+        show(loaded, jobs)
+        return
     from pix2rep import compare as comparing
 
-    if dry_run:
-        comparing.dry_run(loaded, jobs)
-        return
     if comparing.run(loaded, jobs, comparing.command(plan, data, out, jobs, overrides))["failed"]:
         raise typer.Exit(1)
 

@@ -8,13 +8,13 @@ import contextlib
 import os
 import shlex
 import signal
+import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import yaml
@@ -22,7 +22,7 @@ import yaml
 from pix2rep import compare_records as records
 from pix2rep.checkpoint import atomic
 from pix2rep.compare_jobs import Job, Outcome, fail, run_here, run_in_processes
-from pix2rep.compare_time import matched_steps, quick_seconds_a_step
+from pix2rep.compare_time import matched_steps
 from pix2rep.config import Config
 from pix2rep.data.cache import Prepared, prepare
 from pix2rep.data.discover import discover
@@ -82,52 +82,6 @@ def run(plan: Plan, jobs: int = 1, again: str = "") -> dict:
         torch.set_num_threads(threads)
     compare_report.show(result)
     return result
-
-
-def dry_run(plan: Plan, jobs: int = 1) -> dict[str, int]:
-    """Print every job and whether it is finished, and how long what is left may take. Computes nothing; a new plan.out is not made.
-
-    Returns how many jobs there are and how many of them are to do: {"pretrainings", "cells", "pretrainings_to_do", "cells_to_do"}.
-    """
-    from pix2rep import compare_report
-
-    comparison = Comparison(plan, jobs)
-    with TemporaryDirectory() as temporary:
-        is_new = not (comparison.out / "plan.yaml").is_file()
-        if is_new:
-            comparison.check_out()
-            comparison.out = Path(temporary)
-        comparison.open(write=is_new)
-        comparison.matched = records.read(comparison.out / "match_time.json") or {}
-        comparison.announce()
-        stages = {"pretrainings": comparison.pretrainings(), "cells": comparison.cells()}
-        why = {job: comparison.why_to_do(job) for own in stages.values() for job in own}
-        compare_report.show_jobs(why)
-        for line in _estimates(comparison, [job for job, reasons in why.items() if reasons]):
-            say(line)
-    return {name: len(own) for name, own in stages.items()} | {f"{name}_to_do": sum(bool(why[job]) for job in own) for name, own in stages.items()}
-
-
-def _estimates(comparison: "Comparison", jobs: list[Job]) -> list[str]:
-    """How long `jobs` may take: pre-training by a few steps timed here, cells by those that are finished."""
-    lines, source, seconds = [], None, 0.0
-    for name in dict.fromkeys(job.method for job in jobs if job.task == "pretrain"):
-        source = source or SliceSource(comparison.study.prepared, comparison.study.split["pretrain"], comparison.plan.base.data.size)
-        config, own = comparison.config(name, 0), sum(job.task == "pretrain" and job.method == name for job in jobs)
-        one = quick_seconds_a_step(config, source)
-        seconds += own * one * config.pretrain.steps
-        note = "; before its steps are matched" if comparison.plan.methods[name].match_time and name not in comparison.matched else ""
-        lines.append(f"{name}: {own} pre-trainings of {config.pretrain.steps} steps, {one:.4f} s each{note}")
-    spent = defaultdict(list)
-    for job, record in comparison.finished()[0]:
-        spent[job.task].append(record["seconds"])
-    todo = Counter(job.task for job in jobs if job.task != "pretrain")
-    if todo and set(todo) <= set(spent):
-        seconds += sum(count * _mean(spent[task]) for task, count in todo.items())
-        lines.append(f"about {timedelta(seconds=round(seconds / comparison.jobs))} in all")
-    elif seconds:
-        lines.append(f"about {timedelta(seconds=round(seconds / comparison.jobs))} of pre-training; a cell's time is known once one is finished")
-    return lines
 
 
 class Comparison:
@@ -290,16 +244,12 @@ class Comparison:
                 spent[_kind(job)].append(outcome.seconds)
                 left[_kind(job)] -= 1
                 every = [seconds for own in spent.values() for seconds in own]
-                rest = sum(count * _mean(spent.get(kind) or every) for kind, count in left.items()) / self.jobs
+                rest = sum(count * statistics.mean(spent.get(kind) or every) for kind, count in left.items()) / self.jobs
                 say(f"{stage} {done}/{len(jobs)}  {job.name}: {_told(outcome)}, {outcome.seconds:.1f} s; {timedelta(seconds=round(rest))} left")
 
 
 def _kind(job: Job) -> str:
     return f"{job.task} {job.method}" if job.task == "pretrain" else f"{job.task} {job.labelled}"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _told(outcome: Outcome) -> str:
