@@ -27,7 +27,7 @@ from pix2rep.config import Config
 from pix2rep.data.cache import Prepared, prepare
 from pix2rep.data.discover import discover
 from pix2rep.data.slices import SliceSource
-from pix2rep.data.splits import labelled_patients, make_split, read_split, write_split
+from pix2rep.data.splits import PARTS, labelled_patients, make_split, read_split, write_split
 from pix2rep.log import say
 from pix2rep.plan import Plan, plan_of, to_dict
 from pix2rep.pretrain import versions
@@ -121,16 +121,17 @@ class Comparison:
             write_split(split, before)
             with atomic(out / "plan.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(to_dict(self.plan), sort_keys=False, default_flow_style=None), encoding="utf-8")
-        self.study = replace(open_study(out, config), split=split)
-        for part in ("pretrain", "val", "test"):
-            self.study.volumes(part)
+        study = replace(open_study(out, config), split=split)
+        for part in PARTS:
+            study.volumes(part)
         labelled = {case.patient for case in prepared.cases if case.label_file is not None}
         self.total = len(labelled & set(split["pretrain"]))
-        self.images = records.digest_of_volumes(prepared.cases, split["pretrain"], labels=False)
-        self.volumes = records.digest_of_volumes(prepared.cases, [p for part in ("pretrain", "val", "test") for p in split[part]], labels=True)
         self.draws = {  # too few patients must not cost an hour of pre-training
             (n, seed): labelled_patients(split, prepared.cases, n, seed) for n in self.plan.counts(self.total) for seed in self.plan.seeds
         }
+        self.images = records.digest_of_volumes(prepared.cases, split["pretrain"], labels=False)
+        self.volumes = records.digest_of_volumes(prepared.cases, [patient for part in PARTS for patient in split[part]], labels=True)
+        self.study = study
 
     def _split(self, prepared: Prepared) -> dict:
         """That of the folder as long as its options are the plan's: patients who joined the data later do not move the others."""
@@ -220,7 +221,7 @@ class Comparison:
     def announce(self) -> None:
         """Say how much there is to do, and which finished cells are redone because of what."""
         split, stages = self.study.split, {"pre-trainings": self.pretrainings(), "cells": self.cells()}
-        counts = ", ".join(f"{len(split[part])} {part}" for part in ("pretrain", "val", "test"))
+        counts = ", ".join(f"{len(split[part])} {part}" for part in PARTS)
         say(f"{Path(self.plan.data).name}: patients {counts}; {self.total} of pretrain with labels; {len(self.plan.methods)} methods")
         again = defaultdict(list)
         for what, jobs in stages.items():
