@@ -104,7 +104,9 @@ class Comparison:
         return replace(made, data=data, split=split, pretrain=replace(made.pretrain, threads=made.pretrain.threads or self.threads))
 
     def check_out(self) -> None:
-        if self.out.exists() and any(self.out.iterdir()) and not (self.out / "plan.yaml").is_file():
+        """Raise FileExistsError for a folder of something else."""
+        begun = {"cache", "split.json"}  # what a comparison has before its plan.yaml
+        if self.out.exists() and not (self.out / "plan.yaml").is_file() and {entry.name for entry in self.out.iterdir()} - begun:
             raise FileExistsError(f"out must be a new folder or that of a comparison (with plan.yaml), got {self.out}")
 
     def open(self, write: bool = True) -> None:
@@ -118,7 +120,7 @@ class Comparison:
         if before.is_file() and read_split(before, cases) != split:
             say("the split differs from that of the cells in this folder: all are redone")
         if write:
-            write_split(split, before)
+            write_split(split, before)  # before the plan: a plan.yaml vouches for its split
             with atomic(out / "plan.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(to_dict(self.plan), sort_keys=False, default_flow_style=None), encoding="utf-8")
         study = replace(open_study(out, config), split=split)
@@ -147,23 +149,33 @@ class Comparison:
     def match_times(self) -> None:
         """Set the steps of methods with match_time, timed once for a pair of configs and then kept in OUT/match_time.json."""
         file = self.out / "match_time.json"
-        kept = records.read(file) or {}
+        self.matched = self.kept_times()
+        patients = self.study.split["pretrain"]
         for name, method in self.plan.methods.items():
             if method.match_time is None:
                 continue
-            configs = self.config(method.match_time, 0), self.config(name, 0)
-            patients = self.study.split["pretrain"]
-            key = [records.inputs_of_pretraining(config, self.images, patients) for config in configs]
-            key[1].pop("pretrain.steps")
-            if kept.get(name, {}).get("inputs") != key:
-                source = SliceSource(self.study.prepared, patients, self.plan.base.data.size)
+            if name not in self.matched:
                 if self.threads:
                     torch.set_num_threads(self.threads)
-                kept[name] = {"reference": method.match_time, "inputs": key, "threads": torch.get_num_threads()}
-                kept[name] |= matched_steps(*configs, source)
-                records.write(file, kept)
-            self.matched[name] = kept[name]
-            say("{0}: {steps} steps of {seconds_a_step:.4f} s take as long as {reference_steps} of {reference}".format(name, **kept[name]))
+                source = SliceSource(self.study.prepared, patients, self.plan.base.data.size)
+                inputs, configs = self._timed(name), (self.config(method.match_time, 0), self.config(name, 0))
+                timed = {"reference": method.match_time, "inputs": inputs, "threads": torch.get_num_threads()} | matched_steps(*configs, source)
+                records.write(file, (records.read(file) or {}) | {name: timed})
+                self.matched[name] = timed
+            found = self.matched[name]
+            say(f"{name}: {found['steps']} steps of {found['seconds_a_step']:.4f} s, the time of {found['reference_steps']} of {found['reference']}")
+
+    def kept_times(self) -> dict[str, dict]:
+        """What OUT/match_time.json has for this plan's methods as they are."""
+        kept = records.read(self.out / "match_time.json") or {}
+        own = [name for name, method in self.plan.methods.items() if method.match_time]
+        return {name: kept[name] for name in own if name in kept and kept[name]["inputs"] == self._timed(name)}
+
+    def _timed(self, name: str) -> list[dict]:
+        """What decides the steps that `name` gets: both methods' options, its own steps apart."""
+        configs = [self.plan.config_of(method) for method in (self.plan.methods[name].match_time, name)]
+        reference, own = (records.inputs_of_pretraining(config, self.images, self.study.split["pretrain"]) for config in configs)
+        return [reference, {key: value for key, value in own.items() if key != "pretrain.steps"}]
 
     def pretrainings(self) -> list[Job]:
         jobs = []
@@ -276,11 +288,12 @@ def _record(comparison: Comparison, clock: _Clock) -> None:
     sessions = (records.read(file) or {}).get("sessions", [])
     session = {"versions": versions(), "cpus": os.cpu_count(), "threads": comparison.threads or torch.get_num_threads(), "jobs": comparison.jobs}
     sessions.append(session | {"device": comparison.study.device.type, "seconds": clock.stages})
-    kept = [records.read(job.record) or {} for job in (*comparison.pretrainings(), *comparison.cells())]
     total = sum(seconds for one in sessions for seconds in one["seconds"].values())
     jobs = {"pretrain": 0.0, "probe": 0.0, "finetune": 0.0}
-    for record in kept:
-        jobs[record.get("what", "pretrain" if "steps" in record else "probe")] += record.get("seconds", 0.0) * ("failed" not in record)
+    for job in (*comparison.pretrainings(), *comparison.cells()):
+        record = records.read(job.record)
+        if record and "failed" not in record:
+            jobs[job.task] += record["seconds"]
     records.write(file, {"seconds": round(total, 1), "seconds_of_jobs": {k: round(v, 1) for k, v in jobs.items()}, "sessions": sessions})
 
 

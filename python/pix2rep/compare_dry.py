@@ -6,7 +6,6 @@ from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pix2rep import compare_records as records
 from pix2rep.compare import Comparison
 from pix2rep.compare_jobs import Job
 from pix2rep.compare_report import show_jobs
@@ -28,7 +27,7 @@ def dry_run(plan: Plan, jobs: int = 1) -> dict[str, int]:
             comparison.check_out()
             comparison.out = Path(temporary)
         comparison.open(write=is_new)
-        comparison.matched = records.read(comparison.out / "match_time.json") or {}
+        comparison.matched = comparison.kept_times()
         comparison.announce()
         stages = {"pretrainings": comparison.pretrainings(), "cells": comparison.cells()}
         why = {job: comparison.why_to_do(job) for own in stages.values() for job in own}

@@ -50,8 +50,8 @@ def label_efficiency(result: dict):
         panel.set_xlabel("labelled patients")
         panel.grid(alpha=0.25)
     panels[0].set_ylabel(f"3D Dice, mean over {len(result['split']['test'])} test patients")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8, frameon=False)
+    lines = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(4, len(lines)), fontsize=8, frameon=False)
     return figure
 
 
