@@ -220,8 +220,9 @@ def test_processes_give_the_same_cells(again):
     outcomes = {job.name: outcome for job, outcome in run_in_processes(jobs, 2)}
     assert outcomes.keys() == {"random probe n=2 seed 0", "pix2rep probe n=2 seed 0"} and not any(o.failed for o in outcomes.values())
     after = [json.loads(file.read_text())["rows"] for file in records]
-    mine, theirs = ([[row for row in rows if row["arm"] == "pix2rep"] for rows in (one, other)] for one, other in ((before, before), (after, after)))
-    assert json.dumps(mine) == json.dumps(theirs)  # (random's BatchNorm settles on fewer batches in this test's own process)
+    # The random arm's BatchNorm settles on fewer batches in this process (SETTLING_BATCHES above).
+    mine, theirs = (json.dumps([row for cell in cells for row in cell if row["arm"] == "pix2rep"]) for cells in (before, after))
+    assert len(mine) > 1000 and mine == theirs
 
 
 # failures
@@ -230,7 +231,7 @@ def test_processes_give_the_same_cells(again):
 def test_a_failed_cell_is_reported_and_the_rest_goes_on(again):
     file = again / "plan.yaml"
     values = to_dict(plan(again, "again", tasks=["probe", "finetune"], labelled=[1]))
-    values["options"]["downstream"]["finetune_lr"] = [1e30]
+    values["options"]["downstream"] |= {"finetune_lr": [1e30], "finetune_steps": 20}
     values["methods"]["diverging"] = {"options": {"pretrain": {"lr": 1e30}}, "tasks": ["probe"]}
     file.write_text(yaml.safe_dump(values))
     result = CliRunner().invoke(app, ["compare", str(file)])
