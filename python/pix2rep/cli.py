@@ -170,6 +170,35 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="YAML file, or the name of a packaged plan.", show_default=False)],
+    overrides: Overrides = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of volumes; default: the plan's.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the plan's.", show_default=False)] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side; they share the CPU's threads.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to compute, and compute nothing.")] = False,
+) -> None:
+    """Compare methods at several numbers of labels, over several seeds: pre-train, probe and fine-tune whatever is missing, then report.
+
+    The same command goes on where a stopped one ended, and computes only what a changed plan adds or alters. A cell that fails is
+    reported, the others go on; the exit code is then 1.
+    """
+    from pix2rep.plan import load_plan
+
+    loaded = load_plan(plan, overrides or (), data, out)
+    _show_logging()
+    if dry_run:
+        from pix2rep.compare_dry import dry_run as show
+
+        show(loaded, jobs)
+        return
+    from pix2rep import compare as comparing
+
+    if comparing.run(loaded, jobs, comparing.command(plan, data, out, jobs, overrides))["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def check(
     run: Run,
     probe_above_random: Annotated[

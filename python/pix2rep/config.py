@@ -164,7 +164,7 @@ def load(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
             raise ConfigError(f"{path} must be YAML: {error}") from error
     config = from_dict(values)
     for text in overrides:
-        _override(config, text)
+        override(config, text)
     check(config)
     return config
 
@@ -257,7 +257,8 @@ def _sections() -> list[str]:
     return [part.name for part in fields(Config)]
 
 
-def _override(config: Config, text: str) -> None:
+def override(config: Config, text: str) -> None:
+    """Set one option from "section.key=value". Raises ConfigError."""
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"an override must be section.key=value, got {text!r}")

@@ -51,12 +51,9 @@ def run(run_dir: Path, config: Config, what: str) -> dict:
         for arm in report.ARMS:
             started = time.perf_counter()
             backbone = pretrained if arm == "pretrained" else random_backbone(study, seed)
-            train = _probe if what == "probe" else _finetune
-            model, choice = train(backbone, study, study.labelled(patients), validation, seed)
-            entry = {"what": what, "labelled": n, "seed": seed, "arm": arm, "patients": patients, **choice}
+            entry = {"what": what, "labelled": n, "seed": seed, "arm": arm, "patients": patients}
+            model, entry, predictions, new = one_model(backbone, study, entry, validation, test)
             entry["file"] = evaluate.save_model(model, folder / "models", entry, study)
-            predictions = {case.id: evaluate.predict_case(model, case, study) for case in test}
-            new = [row for case in test for row in evaluate.score_case(predictions[case.id], case, study, entry)]
             entry["seconds"] = round(time.perf_counter() - started, 1)
             rows += new
             models.append(entry)
@@ -69,6 +66,20 @@ def run(run_dir: Path, config: Config, what: str) -> dict:
     _remove_older(folder, {run_dir / entry["file"] for entry in models} | set(pictures))
     report.show(result)
     return result
+
+
+def one_model(backbone, study: Study, entry: dict, validation: list[PreparedCase], test: list[PreparedCase]):
+    """Train one probe or fine-tune one copy of `backbone`, choose by the validation volumes, predict and score the test volumes.
+
+    entry: what ("probe" | "finetune"), labelled, seed, arm, patients (whose labels are used). Returns (Segmenter, the entry with the settings
+    chosen and "validation_dice", {case id: labels [Z, H, W] on the source's own grid}, rows of `evaluate.score_case`). Raises ValueError when
+    every setting diverged.
+    """
+    train = _probe if entry["what"] == "probe" else _finetune
+    model, choice = train(backbone, study, study.labelled(entry["patients"]), validation, entry["seed"])
+    entry = entry | choice
+    predictions = {case.id: evaluate.predict_case(model, case, study) for case in test}
+    return model, entry, predictions, [row for case in test for row in evaluate.score_case(predictions[case.id], case, study, entry)]
 
 
 def _remove_older(folder: Path, kept: set[Path]) -> None:

@@ -41,19 +41,22 @@ def draw(image: np.ndarray, panels: dict[str, np.ndarray | None], classes: tuple
     return figure
 
 
-def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[str, np.ndarray]], study, title: str) -> list[Path]:
-    """Write downstream.overlays pictures, spread over the test volumes: CASE.png shows the slice with the most foreground of the truth, as
-    much of it as data.size holds.
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` evenly spaced indices of `length` things."""
+    return [round(i) for i in np.linspace(0, length - 1, min(count, length))]
+
+
+def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[str, np.ndarray]], study, title: str, prefix: str = "") -> list[Path]:
+    """Write downstream.overlays pictures, spread over the test volumes: <prefix>CASE.png shows the slice with the most foreground of the
+    truth, as much of it as data.size holds.
 
     predictions: {arm: {case id: labels [Z, H, W] on the source's own grid}}. Dice in the panels' titles is the whole volume's. Returns the
     paths.
     """
     from pix2rep.checkpoint import atomic
 
-    count = min(study.config.downstream.overlays, len(cases))
-    chosen = [cases[round(i)] for i in np.linspace(0, len(cases) - 1, count)] if count else []
     paths = []
-    for case in chosen:
+    for case in (cases[i] for i in spread(len(cases), study.config.downstream.overlays)):
         truth = study.truth(case)
         z = int((truth > 0).sum((1, 2)).argmax())
         panels = {"image": None, "truth": _seen(truth[z], case, study)}
@@ -63,7 +66,7 @@ def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[s
         volume = read(case.source).array.transpose(2, 1, 0)
         low, high = np.percentile(volume, study.config.data.percentiles)
         image = np.clip((_seen(volume[z], case, study) - low) / max(high - low, 1e-6), 0, 1)
-        path = folder / f"{case.id}.png"
+        path = folder / f"{prefix}{case.id}.png"
         figure = draw(image, panels, study.classes, f"{title}: {case.id}, slice {z + 1} of {len(truth)}")
         with atomic(path) as temporary:
             figure.savefig(temporary, format="png")
