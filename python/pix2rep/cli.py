@@ -64,6 +64,33 @@ def phantom(
 
 
 @app.command()
+def inspect(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Volumes: ACDC's layout, imagesTr/labelsTr, or any .nii, .nii.gz.", show_default=False)
+    ],
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a contact sheet here (.png): slices with their labels.", show_default=False)
+    ] = None,
+    sheet_cases: Annotated[int, typer.Option(min=1, help="Most tiles on the sheet.")] = 48,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything here too.", show_default=False)] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that remembers what was read.", show_default=False)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; default: one a core.", show_default=False)] = None,
+) -> None:
+    """Show what a folder of volumes holds, and what in it would go wrong.
+
+    Patients, shapes, spacings, intensities and labels with the volumes that
+    are far off, then warnings and files that cannot be used. Exits with 1
+    when there are such files, with 2 when there is no volume at all.
+
+    pix2rep inspect data --sheet data.png --json data.json
+    """
+    from pix2rep.inspect_data import inspect as inspect_folder
+
+    if inspect_folder(folder, json, sheet, sheet_cases, cache, workers)["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def pretrain(
     data: Data,
     run: Run,

@@ -1,0 +1,143 @@
+"""What in a scanned folder would go wrong in training, in words that say what to do."""
+
+import numpy as np
+
+from pix2rep.config import DataConfig
+from pix2rep.data.summary import duplicates, unit_spacing
+
+SPREAD = 1.1  # in-plane spacings that differ by more are worth resampling
+CROPPED = 0.25  # the share of a slice below which the default crop is called small
+HOUNSFIELD = (-4096, -500)  # where the least intensity of a CT lies: air, or a scanner's padding
+UNITS = 3.0  # times that the volumes' 99th percentiles may differ before their units are called arbitrary
+WRAPPED = 2**14  # int16 voxels beyond this on both sides of 0 were unsigned once
+PARTS = 3  # a split needs a patient for each: pretrain, val, test
+
+
+def advice(scan, summary: dict) -> list[dict]:
+    """[{"about", "message", "cases"}]: what a person should know before training on a `Scan`; `summary` is that of `summarise`."""
+    if not scan.volumes:
+        return []
+    found = []
+    for check in (_spacing, _size, _intensity, _patients, _labels, _duplicates):
+        for message, cases in check(scan.volumes, summary):
+            found.append({"about": check.__name__[1:], "message": message, "cases": [v.case.id for v in cases]})
+    return found
+
+
+def _spacing(volumes, summary):
+    bare = [v for v in volumes if unit_spacing(v)]
+    if summary["spacing_lost"]:
+        shape = " x ".join(str(round(float(n))) for n in np.median([v.shape for v in volumes], axis=0))
+        yield (
+            f"every volume says 1 x 1 x 1 mm and has about {shape} voxels: the header has lost the spacing. Nothing can be said in mm or ml,"
+            " and HD95 will count voxels; restore it from the source if you can, and leave data.spacing at null", (),
+        )  # fmt: skip
+        return
+    if len(bare) == len(volumes):
+        yield "every volume says exactly 1 x 1 x 1 mm: resampled to that, or lost from the header; if lost, mm and ml mean nothing", ()
+        return
+    if bare:
+        yield f"{len(bare)} of {len(volumes)} volumes say exactly 1 x 1 x 1 mm, the others do not: lost from these headers?", bare
+    known = [v for v in volumes if not unit_spacing(v)]
+    in_plane = np.array([v.spacing[:2] for v in known])
+    if in_plane.max() > SPREAD * in_plane.min():
+        height, width = np.median(in_plane[:, 1]), np.median(in_plane[:, 0])
+        yield (
+            f"in-plane spacing runs from {in_plane.min():.3g} to {in_plane.max():.3g} mm: set data.spacing={height:.3g},{width:.3g}"
+            " (H, W; the medians), or one organ comes in many sizes", (),
+        )  # fmt: skip
+
+
+def _size(volumes, _):
+    height, width = DataConfig().size
+    sizes = np.array([(v.shape[1], v.shape[0]) for v in volumes])
+    small = [v for v, size in zip(volumes, sizes, strict=True) if (size < (height, width)).any()]
+    better = ",".join(str(int(-(-n // 16) * 16)) for n in np.median(sizes, axis=0))
+    if small:
+        many = f"{len(small)} of {len(volumes)}" if len(small) < len(volumes) else f"all {len(volumes)}"
+        yield (
+            f"{many} volumes are smaller in plane than data.size={height},{width} and would be padded with zeros;"
+            f" data.size={better} is the median's, in whole sixteens", small if len(small) < len(volumes) else (),
+        )  # fmt: skip
+    kept = np.median(np.minimum(sizes, (height, width)).prod(1) / sizes.prod(1))
+    if kept < CROPPED:
+        yield f"the crop data.size={height},{width} keeps {100 * kept:.0f} % of the median slice: enlarge it, or coarsen with data.spacing", ()
+
+
+def _intensity(volumes, summary):
+    low, high = HOUNSFIELD
+    ct = [v for v in volumes if low <= v.low <= high]
+    other = [v for v in volumes if not low <= v.low <= high]
+    if ct and other:
+        fewer, what = (ct, "look like") if len(ct) <= len(other) else (other, "do not look like")
+        yield f"{len(fewer)} of {len(volumes)} volumes {what} Hounsfield units (CT), unlike the rest: two modalities in one folder?", fewer
+    elif ct:
+        yield "intensities look like Hounsfield units (CT); data.percentiles scales them volume by volume nevertheless", ()
+    else:
+        p99 = summary["distributions"]["p99"]
+        if p99["min"] > 0 and p99["max"] > UNITS * p99["min"]:
+            yield (
+                f"intensities are in arbitrary units: the 99th percentile runs from {p99['min']:,.6g} to {p99['max']:,.6g}; pix2rep scales volume"
+                " by volume, other programs must be told to", (),
+            )  # fmt: skip
+
+
+    wrapped = [v for v in volumes if str(v.dtype) == "int16" and v.low < -WRAPPED and v.high > WRAPPED]
+    if wrapped:
+        yield f"{len(wrapped)} volumes fill the whole range of int16, negatives too: unsigned numbers stored as signed have wrapped around", wrapped
+
+
+def _patients(volumes, summary):
+    counts = summary["counts"]
+    if counts["patients"] < PARTS:
+        names = ", ".join(sorted({v.case.patient for v in volumes}))
+        yield f"{counts['patients']} patients ({names}) are too few to split: {PARTS} are needed; one folder a patient tells them apart", ()
+    if not counts["labelled"]:
+        yield "no volume has labels: enough to pre-train on; probe and finetune need some", ()
+    elif counts["unlabelled_patients"]:
+        without = set(counts["unlabelled_patients"])
+        first = {v.case.patient: v for v in reversed(volumes) if v.case.patient in without}
+        yield f"{len(without)} of {counts['patients']} patients have no labels: they serve pre-training only", [first[p] for p in sorted(first)]
+
+
+def _labels(volumes, summary):
+    labelled = [v for v in volumes if v.labels is not None]
+    empty = [v for v in labelled if not any(count for k, count in v.labels.items() if k)]
+    if empty:
+        yield f"{len(empty)} of {len(labelled)} labelled volumes have background alone", empty
+    rows = summary["labels"]
+    absent = [row for row in rows if 0 < row["volumes"] < len(labelled)]
+    if absent:
+        counts = ", ".join(f"{_named(row)} from {len(labelled) - row['volumes']}" for row in absent)
+        lacking = [v for v in labelled if v not in empty and not all(v.labels.get(row["value"]) for row in absent)]
+        yield (
+            f"labels absent from some of {len(labelled)} labelled volumes: {counts}. Where an organ is in the image but was not contoured,"
+            " training and Dice take it for background", lacking,
+        )  # fmt: skip
+    if never := [row for row in rows if not row["volumes"]]:
+        yield f"labels named but found nowhere: {', '.join(map(_named, never))}", ()
+    known = len(summary["classes"])
+    nameless = {row["value"] for row in rows if row["value"] > known}
+    if known and nameless:
+        values, having = ", ".join(map(str, sorted(nameless))), [v for v in labelled if nameless & {k for k, count in v.labels.items() if count}]
+        yield f"labels without a name: {values}; data.classes must name 1..{max(nameless)}", having
+
+
+def _duplicates(volumes, _):
+    across, within = [], []
+    for group in duplicates(volumes):
+        (across if len({v.case.patient for v in group}) > 1 else within).append(group)
+    if across:
+        pairs = "; ".join(" = ".join(v.case.id for v in group) for group in across[:3])
+        differ = any(v.labels != group[0].labels for group in across for v in group)
+        more = f"; and {len(across) - 3} more" if len(across) > 3 else ""
+        yield (
+            f"{len(across)} images occur under more than one patient, and would be in training and test at once: {pairs}{more}"
+            f"{' (with different labels)' if differ else ''}. Keep one of each, or join the patients", [v for group in across for v in group],
+        )  # fmt: skip
+    if within:
+        yield f"{len(within)} images occur more than once within a patient", [v for group in within for v in group]
+
+
+def _named(row: dict) -> str:
+    return f"{row['value']}" if row["name"] == str(row["value"]) else f"{row['value']} {row['name']}"
