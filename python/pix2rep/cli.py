@@ -73,8 +73,8 @@ def inspect(
     ] = None,
     sheet_cases: Annotated[int, typer.Option(min=1, help="Most tiles on the sheet.")] = 48,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything here too.", show_default=False)] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder that remembers what was read.", show_default=False)] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; default: one a core.", show_default=False)] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that remembers what was read; default: the user's cache.", show_default=False)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that read; default: one a core, at most 8.", show_default=False)] = None,
 ) -> None:
     """Show what a folder of volumes holds, and what in it would go wrong.
 

@@ -14,7 +14,10 @@ TILE, GAP, CAPTION = 160, 12, 30  # pixels: side of a picture, space between, he
 HEAD, LINE, MARGIN = 40, 20, 16  # of the title, of a line of the legend, around everything
 COLUMNS = (4, 8)  # fewest, most
 PAGE, DARK, LIGHT, QUIET, STRIKING = "#202020", "#303030", "#f0f0f0", "#b0b0b0", "#F0E442"
-FAR = {"shape": "far off: {value} voxels in {axis}", "spacing": "far off: {value} mm in {axis}", "p1": "1st percentile {value}", "p99": "99th percentile {value}"}
+FAR = {
+    "shape": "far off: {value} voxels in {axis}", "spacing": "far off: {value} mm in {axis}",
+    "p1": "1st percentile {value}", "p99": "99th percentile {value}",
+}  # fmt: skip
 NAMED = 24  # labels that the legend names
 
 
@@ -73,11 +76,11 @@ def draw(chosen: list[tuple], summary: dict):
     counts = summary["counts"]
     title = f"{Path(summary['root']).resolve().name}: {len(chosen)} of {counts['volumes'] + len(summary['problems'])} volumes"
     _text(axes, MARGIN, HEAD / 2, title, 14, LIGHT)
-    _text(axes, width - MARGIN, HEAD / 2, "if the headers are right: anterior is up, the patient's left is on the left", 11, QUIET, ha="right")
+    _text(axes, width - MARGIN, HEAD / 2, "anterior up, the patient's left on the left, as the headers say; black margins cut off", 11, QUIET, ha="right")
     for k, (item, why) in enumerate(chosen):
         x, y = corner(k, columns)
         if hasattr(item, "thumbnail"):
-            _picture(axes, x, y, item, why)
+            _picture(axes, x, y, item, why, summary["spacing_lost"])
         else:
             _reason(axes, x, y, item)
     _legend(axes, names, corner(rows * columns, columns)[1] + LINE / 2, per_line)
@@ -85,19 +88,31 @@ def draw(chosen: list[tuple], summary: dict):
     return figure
 
 
-def _picture(axes, x: int, y: int, volume, why: str | None) -> None:
-    across, up = (n * s for n, s in zip(volume.shape[:2], volume.spacing[:2], strict=True))  # mm
-    scale = TILE / max(across, up)
-    width, height = max(1, round(across * scale)), max(1, round(up * scale))
+def _picture(axes, x: int, y: int, volume, why: str | None, spacing_lost: bool) -> None:
+    image, labels = volume.thumbnail, volume.thumbnail_labels
+    side = [n * s / cells for n, s, cells in zip(volume.shape[1::-1], volume.spacing[1::-1], image.shape, strict=True)]  # mm, of a cell
+    window = _content(image if labels is None else np.maximum(image, labels))
+    image = image[window]
+    up, across = (cells * mm for cells, mm in zip(image.shape, side, strict=True))
+    height, width = (max(1, round(TILE * mm / max(up, across))) for mm in (up, across))
     left, top = x + (TILE - width) // 2, y + (TILE - height) // 2
     _box(axes, x, y, "black", STRIKING if why else "black")
     extent = (left, left + width, top + height, top)
-    axes.imshow(volume.thumbnail, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="bilinear", aspect="auto", zorder=2)
-    if volume.thumbnail_labels is not None:
-        _outlines(axes, volume.thumbnail_labels, left, top, width, height)
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="bilinear", aspect="auto", zorder=2)
+    if labels is not None:
+        _outlines(axes, labels[window], left, top, width, height)
     _text(axes, x, y + TILE + 9, shorten(volume.case.id, 25), 11, LIGHT)
-    shape, spacing = (" x ".join(f"{n:.3g}" for n in values) for values in (volume.shape, volume.spacing))
-    _text(axes, x, y + TILE + 22, shorten(why, 28) if why else shape if len(shape + spacing) > 26 else f"{shape}, {spacing} mm", 10, STRIKING if why else QUIET)
+    shape, spacing = ("x".join(f"{n:.3g}" for n in values) for values in (volume.shape, volume.spacing))
+    text = why or (shape if spacing_lost else f"{shape}, {spacing} mm")
+    _text(axes, x, y + TILE + 22, shorten(text, 28), 10, STRIKING if why else QUIET)
+
+
+def _content(image: np.ndarray) -> tuple[slice, slice]:
+    """The box of what is not 0, of air around a patient; the whole image where that is nothing."""
+    if not image.any():
+        return slice(None), slice(None)
+    first, last = np.argwhere(image).min(0), np.argwhere(image).max(0)
+    return tuple(slice(int(a), int(b) + 1) for a, b in zip(first, last, strict=True))
 
 
 def _outlines(axes, labels: np.ndarray, left: int, top: int, width: int, height: int) -> None:
@@ -107,7 +122,7 @@ def _outlines(axes, labels: np.ndarray, left: int, top: int, width: int, height:
     xs, ys = left + (np.arange(-1, columns + 1) + 0.5) * width / columns, top + (np.arange(-1, rows + 1) + 0.5) * height / rows
     for k in np.unique(labels[labels > 0]):
         region = np.pad(labels == k, 1)  # closes the outline of a label that touches the border
-        axes.contour(xs, ys, region, levels=[0.5], colors=[COLOURS[(int(k) - 1) % len(COLOURS)]], linewidths=1.3, zorder=3)
+        axes.contour(xs, ys, region, levels=[0.5], colors=[COLOURS[(int(k) - 1) % len(COLOURS)]], linewidths=1.5, zorder=3)
 
 
 def _reason(axes, x: int, y: int, problem) -> None:

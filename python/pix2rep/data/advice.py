@@ -80,11 +80,9 @@ def _intensity(volumes, summary):
                 f"intensities are in arbitrary units: the 99th percentile runs from {p99['min']:,.6g} to {p99['max']:,.6g}; pix2rep scales volume"
                 " by volume, other programs must be told to", (),
             )  # fmt: skip
-
-
     wrapped = [v for v in volumes if str(v.dtype) == "int16" and v.low < -WRAPPED and v.high > WRAPPED]
     if wrapped:
-        yield f"{len(wrapped)} volumes fill the whole range of int16, negatives too: unsigned numbers stored as signed have wrapped around", wrapped
+        yield f"{_volumes(len(wrapped))} reach far below and far above 0 in int16: unsigned numbers stored as signed have wrapped around", wrapped
 
 
 def _patients(volumes, summary):
@@ -116,11 +114,6 @@ def _labels(volumes, summary):
         )  # fmt: skip
     if never := [row for row in rows if not row["volumes"]]:
         yield f"labels named but found nowhere: {', '.join(map(_named, never))}", ()
-    known = len(summary["classes"])
-    nameless = {row["value"] for row in rows if row["value"] > known}
-    if known and nameless:
-        values, having = ", ".join(map(str, sorted(nameless))), [v for v in labelled if nameless & {k for k, count in v.labels.items() if count}]
-        yield f"labels without a name: {values}; data.classes must name 1..{max(nameless)}", having
 
 
 def _duplicates(volumes, _):
@@ -137,6 +130,10 @@ def _duplicates(volumes, _):
         )  # fmt: skip
     if within:
         yield f"{len(within)} images occur more than once within a patient", [v for group in within for v in group]
+
+
+def _volumes(count: int) -> str:
+    return f"{count} volume{'s' * (count != 1)}"
 
 
 def _named(row: dict) -> str:
