@@ -11,7 +11,6 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from typer.testing import CliRunner
-from volumes import save
 
 from pix2rep import contact_sheet
 from pix2rep.cli import app
@@ -21,6 +20,7 @@ from pix2rep.data.discover import Case
 from pix2rep.data.scan import Problem, Scan, VolumeInfo
 from pix2rep.data.summary import by_reason, headline, summarise
 from pix2rep.overlay import COLOURS
+from volumes import save
 
 AFFINE = np.diag([1.5, 1.5, 8.0, 1.0])
 
@@ -91,7 +91,7 @@ def test_copies_of_an_image_are_told():
 
 
 def test_problems_that_differ_in_numbers_are_one_reason():
-    reasons = ["labels must have the image's shape [4, 10], got [4, 9]", "labels must have the image's shape [5, 10], got [1, 1]", "cannot be read (OSError: x)"]
+    reasons = [*(f"labels must have the image's shape [{n}, 10], got [1, 9]" for n in (4, 5)), "cannot be read (OSError: x)"]
     problems = [Problem(f"c{k}", Path(f"{k}.nii"), reason) for k, reason in enumerate(reasons)]
     groups = by_reason(problems)
     assert {heading: [p.case for p in group] for heading, group in groups.items()} == {
@@ -102,7 +102,7 @@ def test_problems_that_differ_in_numbers_are_one_reason():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Ten patients; p9's file lies on its side, p8 has no labels, p7 seven times the slices."""
+    """Ten patients; p9's file lies on its side, p8 has no labels, p7 has seven times the slices."""
     root = tmp_path_factory.mktemp("inspected")
     for p in range(10):
         shape = (40, 30, 28 if p == 7 else 4)
@@ -128,7 +128,7 @@ def test_numbers(folder, tmp_path):
     }  # fmt: skip
     z = found["distributions"]["shape z"]
     assert [z[key] for key in ("min", "median", "max")] == [4, 4, 28]
-    assert z["modes"] == [[4, 9], [28, 1]] and z["outliers"] == [{"case": "p7_t1.nii.gz".removesuffix(".nii.gz"), "value": 28}]
+    assert z["modes"] == [[4, 9], [28, 1]] and z["outliers"] == [{"case": "p7_t1", "value": 28}]
     assert found["distributions"]["spacing y"]["median"] == 1.5 and found["distributions"]["spacing z"]["max"] == 8
     assert found["categories"]["orientation"]["counts"] == {"RAS": 9, "LPS": 1}
     assert found["categories"]["dtype"] == {"counts": {"int16": 10}, "rare": []}
@@ -175,7 +175,7 @@ def test_problems_end_in_1_and_unusable_input_in_2(folder, tmp_path):
 def test_looking_does_not_wait_for_torch(folder, tmp_path):
     code = (
         "import sys; from pix2rep.inspect_data import inspect; inspect(*sys.argv[1:2], cache=sys.argv[2]);"
-        "heavy = {'torch', 'monai', 'matplotlib', 'skimage', 'scipy'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'monai', 'matplotlib', 'skimage'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
