@@ -68,6 +68,7 @@ def inspect(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Volumes: ACDC's layout, imagesTr/labelsTr, or any .nii, .nii.gz.", show_default=False)
     ],
+    overrides: Overrides = None,
     sheet: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a contact sheet here (.png): slices with their labels.", show_default=False)
     ] = None,
@@ -79,14 +80,19 @@ def inspect(
     """Show what a folder of volumes holds, and what in it would go wrong.
 
     Patients, shapes, spacings, intensities and labels with the volumes that
-    are far off, then warnings and files that cannot be used. Exits with 1
-    when there are such files, with 2 when there is no volume at all.
+    are far off, then warnings and files that cannot be used. Warnings are
+    those of training with the options given, such as data.size=64,64. Exits
+    with 1 when a file cannot be used, with 2 when there is no volume at all.
 
     pix2rep inspect data --sheet data.png --json data.json
     """
+    from pix2rep.config import load
+
+    data = load(None, overrides or ()).data
+    _show_logging()
     from pix2rep.inspect_data import inspect as inspect_folder
 
-    if inspect_folder(folder, json, sheet, sheet_cases, cache, workers)["problems"]:
+    if inspect_folder(folder, data, json, sheet, sheet_cases, cache, workers)["problems"]:
         raise typer.Exit(1)
 
 

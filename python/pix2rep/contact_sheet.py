@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pix2rep.checkpoint import atomic
-from pix2rep.data.summary import headline
+from pix2rep.data.summary import bare, headline
 
 TILE, GAP, CAPTION = 160, 12, 30  # pixels: side of a picture, space between, height of two lines of text
 HEAD, LINE, MARGIN = 40, 20, 16  # of the title, of a line of the legend, around everything
@@ -27,10 +27,11 @@ def choose(scan, summary: dict, count: int) -> list[tuple]:
     """
     if count < 1:
         raise ValueError(f"the number of tiles must be at least 1, got {count}")
-    fits = len(scan.volumes) + len(scan.problems) <= count
-    share = len(scan.problems) + len(scan.volumes) if fits else max(1, count // 4)
+    problems = list({problem.case: problem for problem in reversed(scan.problems)}.values())[::-1]  # a case's first
+    cases = len(scan.volumes) + len(problems)
+    share = cases if cases <= count else max(1, count // 4)
     known = {v.case.id: v for v in scan.volumes}
-    chosen = [(problem, None) for problem in scan.problems[:share]]
+    chosen = [(problem, None) for problem in problems[:share]]
     odd = dict(list(_distinctions(summary).items())[: min(share, count - len(chosen))])
     chosen += [(known[name], why) for name, why in odd.items()]
     rest = [v for v in scan.volumes if v.case.id not in odd]
@@ -74,7 +75,7 @@ def draw(chosen: list[tuple], summary: dict):
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     counts = summary["counts"]
-    title = f"{Path(summary['root']).resolve().name}: {len(chosen)} of {counts['volumes'] + len(summary['problems'])} volumes"
+    title = f"{Path(summary['root']).resolve().name}: {len(chosen)} of {counts['volumes'] + counts['unusable']} cases"
     _text(axes, MARGIN, HEAD / 2, title, 14, LIGHT)
     _text(axes, width - MARGIN, HEAD / 2, "anterior up, the patient's left on the left, as the headers say; black margins cut off", 11, QUIET, ha="right")
     for k, (item, why) in enumerate(chosen):
@@ -127,7 +128,8 @@ def _outlines(axes, labels: np.ndarray, left: int, top: int, width: int, height:
 
 def _reason(axes, x: int, y: int, problem) -> None:
     _box(axes, x, y, DARK, QUIET)
-    lines = textwrap.wrap(headline(problem), 24, max_lines=6, placeholder=" ...")
+    _, cut, found = bare(problem).partition(", got ")
+    lines = textwrap.wrap(headline(problem) + cut + found, 24, max_lines=7, placeholder=" ...")
     _text(axes, x + TILE / 2, y + TILE / 2, "\n".join(["not usable", "", *lines]), 11, LIGHT, ha="center")
     _text(axes, x, y + TILE + 9, shorten(problem.case, 25), 11, LIGHT)
 

@@ -7,17 +7,18 @@ from pathlib import Path
 from rich.table import Table
 
 from pix2rep.checkpoint import atomic
+from pix2rep.config import DataConfig
 from pix2rep.data.advice import advice
-from pix2rep.data.summary import by_reason, summarise
+from pix2rep.data.summary import bare, by_reason, summarise
 from pix2rep.log import console, table_console
 
 SHOWN = 20  # files of one reason on the screen; --json has all
 NAMED = 3  # cases that a warning or a row names
 
 
-def inspect(root, json_file=None, sheet=None, sheet_cases: int = 48, cache=None, workers: int | None = None) -> dict:
+def inspect(root, data: DataConfig, json_file=None, sheet=None, sheet_cases: int = 48, cache=None, workers: int | None = None) -> dict:
     """Scan `root`, print what is found, write `json_file` (all of it) and `sheet` (PNG) where given. Returns what the JSON holds: `summarise`'s
-    object with "warnings".
+    object with "warnings", which are those of training with the options `data` (its `root` is not looked at).
 
     Raises FileNotFoundError when there is no such folder or no volume in it, ValueError for a `sheet` that is no .png.
     """
@@ -26,9 +27,9 @@ def inspect(root, json_file=None, sheet=None, sheet_cases: int = 48, cache=None,
     from pix2rep.data.scan import scan
 
     with _progress() as progress:
-        found = scan(Path(root), cache, workers, progress)
+        found = scan(Path(root), cache, workers, progress, classes=tuple(data.classes), label_affine=data.label_affine)
     summary = summarise(found)
-    summary["warnings"] = advice(found, summary)
+    summary["warnings"] = advice(found, summary, data)
     show(found, summary)
     screen = table_console()
     if json_file is not None:
@@ -58,7 +59,7 @@ def show(found, summary: dict) -> None:
     for heading, problems in by_reason(found.problems).items():
         screen.print(_plain(f"\n{len(problems)} not usable: {heading}"), markup=False)
         for problem in problems[:SHOWN]:
-            detail = problem.reason.removeprefix(f"{problem.path}: ").removeprefix(heading).strip(" ,")
+            detail = bare(problem).removeprefix(heading).strip(" ,")
             screen.print(_plain(f"  {problem.path}{': ' if detail else ''}{detail}"), markup=False, soft_wrap=True)
         if len(problems) > SHOWN:
             screen.print(f"  and {len(problems) - SHOWN} more (--json FILE has all)")
@@ -70,7 +71,7 @@ def _header(summary: dict) -> list[str]:
     frames = ", ".join(f"{count} {name}" for name, count in counts["frames"].items())
     lines = [
         f"{summary['root']}: {kind}",
-        f"{counts['patients']} patients, {counts['volumes']} volumes{f' ({frames})' if frames else ''}, {len(summary['problems'])} not usable;"
+        f"{counts['patients']} patients, {counts['volumes']} volumes{f' ({frames})' if frames else ''}, {summary['counts']['unusable']} not usable;"
         f" {counts['labelled']} labelled, {counts['unlabelled']} unlabelled; {counts['voxels'] / 1e6:,.1f} million voxels;"
         f" {summary['seconds']:.1f} s, {summary['from_cache']} from the cache",
     ]
@@ -83,8 +84,8 @@ def _distributions(summary: dict) -> Table:
     table = Table(title="volumes, axes turned to RAS")
     for name in ("", "min", "median", "max"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    table.add_column("most frequent")
-    table.add_column("far off")
+    table.add_column("most frequent", overflow="fold")
+    table.add_column("far off", overflow="fold")
     for name, column in summary["distributions"].items():
         unit = ", voxels" if name.startswith("shape") else ", mm" if name.startswith("spacing") else ""
         modes = f"half in {_short(column['q1'])} to {_short(column['q3'])}" if name in ("p1", "p99") else _frequent(column["modes"], summary)
@@ -100,12 +101,13 @@ def _distributions(summary: dict) -> Table:
 
 def _labels(summary: dict) -> Table:
     table = Table(title=f"labels of {summary['counts']['labelled']} volumes")
-    for name in ("label", "name", "volumes", "voxels, median", "min..max", "ml, median", "min..max"):
-        table.add_column(name, justify="left" if name == "name" else "right")
+    units = {"voxels": "{:,.0f}"} if summary["spacing_lost"] else {"voxels": "{:,.0f}", "ml": "{:,.3g}"}
+    for name in ("label", "name", "volumes", *(title for unit in units for title in (f"{unit}, median", "min..max"))):
+        table.add_column(name, justify="left" if name == "name" else "right", overflow="fold")
     for row in summary["labels"]:
         cells = []
-        for name, form in (("voxels", "{:,.0f}"), ("ml", "{:,.3g}")):
-            spread = row[name]
+        for unit, form in units.items():
+            spread = row[unit]
             cells += ["-", "-"] if spread is None else [form.format(spread["median"]), "..".join(form.format(spread[k]) for k in ("min", "max"))]
         table.add_row(str(row["value"]), _plain(row["name"]), str(row["volumes"]), *cells)
     return table

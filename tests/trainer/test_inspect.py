@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from pix2rep import contact_sheet
 from pix2rep.cli import app
+from pix2rep.config import DataConfig
 from pix2rep.contact_sheet import CAPTION, GAP, HEAD, LINE, MARGIN, TILE, choose, corner, grid
 from pix2rep.data.advice import advice
 from pix2rep.data.discover import Case
@@ -40,9 +41,9 @@ def scanned(volumes, problems=(), classes=("RV", "LV")) -> Scan:
     return Scan(Path("."), list(volumes), list(problems), classes, 0.5, 0)
 
 
-def told(volumes, classes=("RV", "LV")) -> list[str]:
-    found = scanned(volumes, classes=classes)
-    return [warning["message"] for warning in advice(found, summarise(found))]
+def told(volumes, **data) -> list[str]:
+    found = scanned(volumes)
+    return [warning["message"] for warning in advice(found, summarise(found), DataConfig(**data))]
 
 
 def test_a_good_folder_needs_no_advice():
@@ -80,6 +81,14 @@ def test_advice(changes, message):
     assert len(found) <= allowed.get(name, 1), found
 
 
+def test_advice_knows_the_options():
+    volumes = [info(k, shape=(90, 100, 9), spacing=(1.5, 1.2 if k else 1.5, 8.0)) for k in range(6)]
+    assert len(told(volumes)) == 2
+    assert told(volumes, size=(64, 64), spacing=(1.5, 1.5)) == []
+    (message,) = told(volumes, size=(64, 64), spacing=(4.0, 4.0))
+    assert "data.size=64,64" in message and "data.size=32,48" in message  # 100 x 1.2 mm, 90 x 1.5 mm
+
+
 def test_copies_of_an_image_are_told():
     volumes = [info(k) for k in range(6)]
     copy = replace(volumes[1], case=info(6).case, labels={0: 1, 1: 2, 2: 3})
@@ -95,7 +104,7 @@ def test_problems_that_differ_in_numbers_are_one_reason():
     problems = [Problem(f"c{k}", Path(f"{k}.nii"), reason) for k, reason in enumerate(reasons)]
     groups = by_reason(problems)
     assert {heading: [p.case for p in group] for heading, group in groups.items()} == {
-        "labels must have the image's shape [4, 10]": ["c0", "c1"], "cannot be read": ["c2"],
+        "labels must have the image's shape [..., ...]": ["c0", "c1"], "cannot be read": ["c2"],
     }  # fmt: skip
     assert headline(Problem("c", Path("a.nii"), "a.nii: must be 3D, got 4D")) == "must be 3D"
 
@@ -124,7 +133,7 @@ def test_numbers(folder, tmp_path):
     assert found["layout"] == "any folder" and found["problems"] == [] and found["from_cache"] == 0
     assert found["counts"] == {
         "patients": 10, "volumes": 10, "frames": {}, "labelled": 9, "unlabelled": 1, "unlabelled_patients": ["p8"], "groups": {},
-        "voxels": 40 * 30 * (9 * 4 + 28),
+        "unusable": 0,        "voxels": 40 * 30 * (9 * 4 + 28),
     }  # fmt: skip
     z = found["distributions"]["shape z"]
     assert [z[key] for key in ("min", "median", "max")] == [4, 4, 28]
@@ -174,7 +183,8 @@ def test_problems_end_in_1_and_unusable_input_in_2(folder, tmp_path):
 
 def test_looking_does_not_wait_for_torch(folder, tmp_path):
     code = (
-        "import sys; from pix2rep.inspect_data import inspect; inspect(*sys.argv[1:2], cache=sys.argv[2]);"
+        "import sys; from typer.testing import CliRunner; from pix2rep.cli import app;"
+        "result = CliRunner().invoke(app, ['inspect', sys.argv[1], '--cache', sys.argv[2]]); assert result.exit_code == 0, result.output;"
         "heavy = {'torch', 'monai', 'matplotlib', 'skimage'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path)], capture_output=True, text=True)

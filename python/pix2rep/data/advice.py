@@ -13,18 +13,20 @@ WRAPPED = 2**14  # int16 voxels beyond this on both sides of 0 were unsigned onc
 PARTS = 3  # a split needs a patient for each: pretrain, val, test
 
 
-def advice(scan, summary: dict) -> list[dict]:
-    """[{"about", "message", "cases"}]: what a person should know before training on a `Scan`; `summary` is that of `summarise`."""
+def advice(scan, summary: dict, data: DataConfig) -> list[dict]:
+    """[{"about", "message", "cases"}]: what a person should know before training on a `Scan` with the options `data`; `summary` is that of
+    `summarise`.
+    """
     if not scan.volumes:
         return []
     found = []
     for check in (_spacing, _size, _intensity, _patients, _labels, _duplicates):
-        for message, cases in check(scan.volumes, summary):
+        for message, cases in check(scan.volumes, summary, data):
             found.append({"about": check.__name__[1:], "message": message, "cases": [v.case.id for v in cases]})
     return found
 
 
-def _spacing(volumes, summary):
+def _spacing(volumes, summary, data):
     bare = [v for v in volumes if unit_spacing(v)]
     if summary["spacing_lost"]:
         shape = " x ".join(str(round(float(n))) for n in np.median([v.shape for v in volumes], axis=0))
@@ -40,7 +42,7 @@ def _spacing(volumes, summary):
         yield f"{len(bare)} of {len(volumes)} volumes say exactly 1 x 1 x 1 mm, the others do not: lost from these headers?", bare
     known = [v for v in volumes if not unit_spacing(v)]
     in_plane = np.array([v.spacing[:2] for v in known])
-    if in_plane.max() > SPREAD * in_plane.min():
+    if data.spacing is None and in_plane.max() > SPREAD * in_plane.min():
         height, width = np.median(in_plane[:, 1]), np.median(in_plane[:, 0])
         yield (
             f"in-plane spacing runs from {in_plane.min():.3g} to {in_plane.max():.3g} mm: set data.spacing={height:.3g},{width:.3g}"
@@ -48,23 +50,26 @@ def _spacing(volumes, summary):
         )  # fmt: skip
 
 
-def _size(volumes, _):
-    height, width = DataConfig().size
-    sizes = np.array([(v.shape[1], v.shape[0]) for v in volumes])
+def _size(volumes, _, data):
+    height, width = data.size[-2:]
+    sizes = np.array([v.shape[1::-1] for v in volumes], np.float64)
+    if data.spacing is not None:
+        sizes = np.maximum(1, np.round(sizes * [v.spacing[1::-1] for v in volumes] / np.array(data.spacing)))
     small = [v for v, size in zip(volumes, sizes, strict=True) if (size < (height, width)).any()]
+    given = ",".join(map(str, data.size))
     better = ",".join(str(int(-(-n // 16) * 16)) for n in np.median(sizes, axis=0))
     if small:
         many = f"{len(small)} of {len(volumes)}" if len(small) < len(volumes) else f"all {len(volumes)}"
         yield (
-            f"{many} volumes are smaller in plane than data.size={height},{width} and would be padded with zeros;"
+            f"{many} volumes are smaller in plane than data.size={given} and would be padded with zeros;"
             f" data.size={better} is the median's, in whole sixteens", small if len(small) < len(volumes) else (),
         )  # fmt: skip
     kept = np.median(np.minimum(sizes, (height, width)).prod(1) / sizes.prod(1))
     if kept < CROPPED:
-        yield f"the crop data.size={height},{width} keeps {100 * kept:.0f} % of the median slice: enlarge it, or coarsen with data.spacing", ()
+        yield f"the crop data.size={given} keeps {100 * kept:.0f} % of the median slice: enlarge it, or coarsen with data.spacing", ()
 
 
-def _intensity(volumes, summary):
+def _intensity(volumes, summary, _):
     low, high = HOUNSFIELD
     ct = [v for v in volumes if low <= v.low <= high]
     other = [v for v in volumes if not low <= v.low <= high]
@@ -85,7 +90,7 @@ def _intensity(volumes, summary):
         yield f"{_volumes(len(wrapped))} reach far below and far above 0 in int16: unsigned numbers stored as signed have wrapped around", wrapped
 
 
-def _patients(volumes, summary):
+def _patients(volumes, summary, _):
     counts = summary["counts"]
     if counts["patients"] < PARTS:
         names = ", ".join(sorted({v.case.patient for v in volumes}))
@@ -98,7 +103,7 @@ def _patients(volumes, summary):
         yield f"{len(without)} of {counts['patients']} patients have no labels: they serve pre-training only", [first[p] for p in sorted(first)]
 
 
-def _labels(volumes, summary):
+def _labels(volumes, summary, _):
     labelled = [v for v in volumes if v.labels is not None]
     empty = [v for v in labelled if not any(count for k, count in v.labels.items() if k)]
     if empty:
@@ -116,7 +121,7 @@ def _labels(volumes, summary):
         yield f"labels named but found nowhere: {', '.join(map(_named, never))}", ()
 
 
-def _duplicates(volumes, _):
+def _duplicates(volumes, *_):
     across, within = [], []
     for group in duplicates(volumes):
         (across if len({v.case.patient for v in group}) > 1 else within).append(group)

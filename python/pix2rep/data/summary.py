@@ -17,7 +17,7 @@ MODES = 3
 def summarise(scan) -> dict:
     """A `Scan` as one JSON object.
 
-    counts: patients, volumes, frames, labelled, unlabelled, unlabelled_patients, groups (patients a disease group), voxels.
+    counts: patients, volumes, frames, labelled, unlabelled, unlabelled_patients, groups (patients a disease group), voxels, unusable (cases).
     distributions: "shape x" (voxels), "spacing x" (mm), "p1", "p99" (the file's intensity units): {"min", "q1", "median", "q3", "max", "modes":
     [[value, volumes], ...], "outliers": [{"case", "value"}, ...] farthest first}.
     categories: "orientation", "dtype": {"counts": {code: volumes}, "rare": [{"case", "value"}, ...]}.
@@ -33,7 +33,7 @@ def summarise(scan) -> dict:
         "classes": list(scan.classes),
         "seconds": round(scan.seconds, 3),
         "from_cache": scan.from_cache,
-        "counts": _counts(volumes),
+        "counts": _counts(volumes) | {"unusable": len({p.case for p in scan.problems})},
         "spacing_lost": lost,
         "distributions": _distributions(volumes),
         "categories": {name: _category(volumes, name) for name in ("orientation", "dtype")},
@@ -94,16 +94,21 @@ def duplicates(volumes) -> list[list]:
 
 def headline(problem) -> str:
     """The reason without its path and its values: what problems have in common."""
-    reason = problem.reason.removeprefix(f"{problem.path}: ")
-    return re.split(r", got | \(", reason, maxsplit=1)[0]
+    return re.split(r", got | \(", bare(problem), maxsplit=1)[0]
+
+
+def bare(problem) -> str:
+    """The reason without its path."""
+    return problem.reason.removeprefix(f"{problem.path}: ")
 
 
 def by_reason(problems) -> dict[str, list]:
-    """Problems by `headline`, the most frequent first; those that differ in numbers alone are one, under the first's wording."""
+    """Problems by `headline`, the most frequent first. Those that differ in numbers alone are one, the numbers given as ellipses."""
     groups = defaultdict(list)
     for problem in problems:
-        groups[re.sub(r"\d[\d.]*", "#", headline(problem))].append(problem)
-    return {headline(group[0]): group for group in sorted(groups.values(), key=len, reverse=True)}
+        groups[re.sub(r"\d[\d.]*", "...", headline(problem))].append(problem)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return {headings.pop() if len(headings := {headline(p) for p in group}) == 1 else common: group for common, group in ordered}
 
 
 def _counts(volumes) -> dict:
