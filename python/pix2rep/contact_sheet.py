@@ -2,13 +2,14 @@
 
 import math
 import textwrap
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from pix2rep.checkpoint import atomic
-from pix2rep.data.summary import bare, headline
+from pix2rep.data.summary import bare, by_reason, headline, legible
 
 TILE, GAP, CAPTION = 160, 12, 30  # pixels: side of a picture, space between, height of two lines of text
 HEAD, LINE, MARGIN = 40, 20, 16  # of the title, of a line of the legend, around everything
@@ -27,7 +28,8 @@ def choose(scan, summary: dict, count: int) -> list[tuple]:
     """
     if count < 1:
         raise ValueError(f"the number of tiles must be at least 1, got {count}")
-    problems = list({problem.case: problem for problem in reversed(scan.problems)}.values())[::-1]  # a case's first
+    turns = [(turn, problem) for group in by_reason(scan.problems).values() for turn, problem in enumerate(group)]  # every reason once, then again
+    problems = list({problem.case: problem for _, problem in sorted(turns, key=lambda item: item[0])}.values())
     cases = len(scan.volumes) + len(problems)
     share = cases if cases <= count else max(1, count // 4)
     known = {v.case.id: v for v in scan.volumes}
@@ -42,7 +44,8 @@ def write(path: str | Path, scan, summary: dict, count: int) -> int:
     """Draw `choose(scan, summary, count)` and write it as PNG, atomically. Returns how many tiles there are."""
     chosen = choose(scan, summary, count)
     figure = draw(chosen, summary)
-    with atomic(path) as temporary:
+    with atomic(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names of cases in scripts that the font lacks
         figure.savefig(temporary, format="png", dpi=72, facecolor=PAGE)
     return len(chosen)
 
@@ -156,7 +159,7 @@ def _box(axes, x: int, y: int, face: str, edge: str) -> None:
 
 
 def _text(axes, x: float, y: float, text: str, size: int, colour: str, ha: str = "left") -> None:
-    axes.text(x, y, text, fontsize=size, color=colour, ha=ha, va="center_baseline", parse_math=False)
+    axes.text(x, y, legible(text), fontsize=size, color=colour, ha=ha, va="center_baseline", parse_math=False)
 
 
 def shorten(text: str, length: int) -> str:

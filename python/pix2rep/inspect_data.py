@@ -1,6 +1,7 @@
 """`pix2rep inspect`: what a folder of volumes holds and what in it would go wrong, on a screen, as JSON and as a picture."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rich.table import Table
 from pix2rep.checkpoint import atomic
 from pix2rep.config import DataConfig
 from pix2rep.data.advice import advice
-from pix2rep.data.summary import bare, by_reason, summarise
+from pix2rep.data.summary import bare, by_reason, legible, summarise
 from pix2rep.log import console, table_console
 
 SHOWN = 20  # files of one reason on the screen; --json has all
@@ -36,12 +37,12 @@ def inspect(root, data: DataConfig, json_file=None, sheet=None, sheet_cases: int
         with atomic(json_file) as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if sheet is None:
-        screen.print(f"to look at them: pix2rep inspect {root} --sheet FILE.png", markup=False, soft_wrap=True)
+        screen.print(_plain(f"to look at them: pix2rep inspect {shlex.quote(str(root))} --sheet FILE.png"), markup=False, soft_wrap=True)
     else:
         from pix2rep import contact_sheet
 
         tiles = contact_sheet.write(sheet, found, summary, sheet_cases)
-        screen.print(f"{tiles} tiles in {sheet}", markup=False, soft_wrap=True)
+        screen.print(_plain(f"{tiles} tile{'s' * (tiles != 1)} in {sheet}"), markup=False, soft_wrap=True)
     return summary
 
 
@@ -135,9 +136,8 @@ def _short(value) -> str:
 
 def _plain(text: str) -> str:
     """Printable where a file's name is no UTF-8, or the screen knows less than UTF-8."""
-    text = text.encode(errors="surrogateescape").decode(errors="replace")
     coding = sys.stdout.encoding or "utf-8"
-    return text.encode(coding, errors="replace").decode(coding)
+    return legible(text).encode(coding, errors="replace").decode(coding)
 
 
 class _progress:

@@ -1,6 +1,7 @@
 """`pix2rep inspect`: the numbers it reports, the warnings it gives and keeps to itself, exit codes, and the pixels of the contact sheet."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -93,9 +94,9 @@ def test_copies_of_an_image_are_told():
     volumes = [info(k) for k in range(6)]
     copy = replace(volumes[1], case=info(6).case, labels={0: 1, 1: 2, 2: 3})
     (message,) = told([*volumes, copy])
-    assert "1 images occur under more than one patient" in message and "case1 = case6 (with different labels)" in message
+    assert "one image under several patients" in message and "case1 = case6 (with different labels)" in message
     (message,) = told([*volumes, replace(copy, case=replace(copy.case, patient="p1"))])
-    assert "more than once within a patient" in message
+    assert "several times within a patient: case1 = case6" in message
     assert told([*volumes, replace(copy, p99=401.0)]) == []
 
 
@@ -167,11 +168,12 @@ def test_problems_end_in_1_and_unusable_input_in_2(folder, tmp_path):
     for k in range(23):
         (bad / f"bad{k:02d}").mkdir()
         (bad / f"bad{k:02d}/[red]a.nii").write_bytes(b"nothing")
-    result = inspect(bad, "--json", tmp_path / "bad.json", "--cache", tmp_path / "cache")
+    Path(os.fsdecode(os.fsencode(bad) + b"/\xff.nii")).write_bytes(b"nothing")  # a name that is no UTF-8
+    result = inspect(bad, "--json", tmp_path / "bad.json", "--sheet", tmp_path / "bad.png", "--cache", tmp_path / "cache")
     assert result.exit_code == 1, result.output
-    assert "23 not usable: " in result.output and "and 3 more" in result.output
+    assert "24 not usable: " in result.output and "and 4 more" in result.output
     assert "bad19/[red]a.nii" in result.output and "bad20/[red]a.nii" not in result.output
-    assert len(json.loads((tmp_path / "bad.json").read_text())["problems"]) == 23
+    assert len(json.loads((tmp_path / "bad.json").read_text())["problems"]) == 24
 
     for arguments, message in (
         ([tmp_path / "nowhere"], "no such folder"), ([folder, "--sheet", tmp_path / "sheet.jpg"], "--sheet must name a .png file"),
@@ -194,11 +196,11 @@ def test_looking_does_not_wait_for_torch(folder, tmp_path):
 def test_choose_takes_outliers_first_and_the_rest_evenly():
     volumes = [info(3 * p + k, patient=f"p{p}") for p in range(20) for k in range(3)]
     volumes[33] = replace(volumes[33], shape=(140, 130, 99))
-    problems = [Problem(f"bad{k}", Path("a.nii"), "cannot be read") for k in range(30)]
+    problems = [Problem(f"bad{k}", Path("a.nii"), "cannot be read" if k < 28 else "must be 3D, got 4D") for k in range(30)]
     found = scanned(volumes, problems)
     tiles = choose(found, summarise(found), 24)
     assert len(tiles) == 24
-    assert [item.case for item, _ in tiles[:6]] == [f"bad{k}" for k in range(6)]
+    assert [item.case for item, _ in tiles[:6]] == ["bad0", "bad28", "bad1", "bad29", "bad2", "bad3"]
     assert (tiles[6][0].case.id, tiles[6][1]) == ("case33", "far off: 99 voxels in z")
     rest = [item.case.patient for item, _ in tiles[7:]]
     assert len(set(rest)) == len(rest) == 17 and {"p0", "p19"} <= set(rest)

@@ -10,6 +10,7 @@ CROPPED = 0.25  # the share of a slice below which the default crop is called sm
 HOUNSFIELD = (-4096, -500)  # where the least intensity of a CT lies: air, or a scanner's padding
 UNITS = 3.0  # times that the volumes' 99th percentiles may differ before their units are called arbitrary
 WRAPPED = 2**14  # int16 voxels beyond this on both sides of 0 were unsigned once
+LISTED = 8  # labels that one line names
 PARTS = 3  # a split needs a patient for each: pretrain, val, test
 
 
@@ -87,7 +88,7 @@ def _intensity(volumes, summary, _):
             )  # fmt: skip
     wrapped = [v for v in volumes if str(v.dtype) == "int16" and v.low < -WRAPPED and v.high > WRAPPED]
     if wrapped:
-        yield f"{_volumes(len(wrapped))} reach far below and far above 0 in int16: unsigned numbers stored as signed have wrapped around", wrapped
+        yield f"{len(wrapped)} of {len(volumes)} int16 volumes reach far to both sides of 0: unsigned numbers have wrapped around", wrapped
 
 
 def _patients(volumes, summary, _):
@@ -111,14 +112,15 @@ def _labels(volumes, summary, _):
     rows = summary["labels"]
     absent = [row for row in rows if 0 < row["volumes"] < len(labelled)]
     if absent:
-        counts = ", ".join(f"{_named(row)} from {len(labelled) - row['volumes']}" for row in absent)
+        rarest = sorted(absent, key=lambda row: row["volumes"])
+        counts = ", ".join(f"{_named(row)} from {len(labelled) - row['volumes']}" for row in rarest[:LISTED]) + _more(absent)
         lacking = [v for v in labelled if v not in empty and not all(v.labels.get(row["value"]) for row in absent)]
         yield (
             f"labels absent from some of {len(labelled)} labelled volumes: {counts}. Where an organ is in the image but was not contoured,"
             " training and Dice take it for background", lacking,
         )  # fmt: skip
     if never := [row for row in rows if not row["volumes"]]:
-        yield f"labels named but found nowhere: {', '.join(map(_named, never))}", ()
+        yield f"labels named but found nowhere: {', '.join(map(_named, never[:LISTED]))}{_more(never)}", ()
 
 
 def _duplicates(volumes, *_):
@@ -128,17 +130,17 @@ def _duplicates(volumes, *_):
     if across:
         pairs = "; ".join(" = ".join(v.case.id for v in group) for group in across[:3])
         differ = any(v.labels != group[0].labels for group in across for v in group)
-        more = f"; and {len(across) - 3} more" if len(across) > 3 else ""
         yield (
-            f"{len(across)} images occur under more than one patient, and would be in training and test at once: {pairs}{more}"
+            f"one image under several patients would be in training and test at once: {pairs}{_more(across, 3)}"
             f"{' (with different labels)' if differ else ''}. Keep one of each, or join the patients", [v for group in across for v in group],
         )  # fmt: skip
     if within:
-        yield f"{len(within)} images occur more than once within a patient", [v for group in within for v in group]
+        pairs = "; ".join(" = ".join(v.case.id for v in group) for group in within[:3])
+        yield f"one image several times within a patient: {pairs}{_more(within, 3)}", [v for group in within for v in group]
 
 
-def _volumes(count: int) -> str:
-    return f"{count} volume{'s' * (count != 1)}"
+def _more(items: list, listed: int = LISTED) -> str:
+    return f" and {len(items) - listed} more" if len(items) > listed else ""
 
 
 def _named(row: dict) -> str:

@@ -102,6 +102,11 @@ def bare(problem) -> str:
     return problem.reason.removeprefix(f"{problem.path}: ")
 
 
+def legible(text: str) -> str:
+    """Text with what is no UTF-8 in the name of a file replaced."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def by_reason(problems) -> dict[str, list]:
     """Problems by `headline`, the most frequent first. Those that differ in numbers alone are one, the numbers given as ellipses."""
     groups = defaultdict(list)
@@ -154,12 +159,13 @@ def _category(volumes, name: str) -> dict:
 
 def _labels(volumes, classes: tuple[str, ...], lost: bool) -> list[dict]:
     labelled = [v for v in volumes if v.labels is not None]
+    unit = {v.case.id: float(np.prod(v.spacing)) / 1000 for v in labelled}  # ml of a voxel
     values = {k for v in labelled for k, count in v.labels.items() if k and count}
     rows = []
     for k in sorted(values | set(range(1, len(classes) + 1)) if labelled else ()):
         having = [v for v in labelled if v.labels.get(k)]
         voxels = [v.labels[k] for v in having]
-        ml = [n * float(np.prod(v.spacing)) / 1000 for n, v in zip(voxels, having, strict=True)]
+        ml = [n * unit[v.case.id] for n, v in zip(voxels, having, strict=True)]
         rows.append({
             "value": k,
             "name": classes[k - 1] if k <= len(classes) else str(k),
