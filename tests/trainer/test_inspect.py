@@ -170,7 +170,8 @@ def test_problems_end_in_1_and_unusable_input_in_2(folder, tmp_path):
         (bad / f"bad{k:02d}/[red]a.nii").write_bytes(b"nothing")
     Path(os.fsdecode(os.fsencode(bad) + b"/\xff.nii")).write_bytes(b"nothing")  # a name that is no UTF-8
     result = inspect(bad, "--json", tmp_path / "bad.json", "--sheet", tmp_path / "bad.png", "--cache", tmp_path / "cache")
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    assert imread(tmp_path / "bad.png").shape[1] == 2 * MARGIN + 7 * (TILE + GAP) - GAP
     assert "24 not usable: " in result.output and "and 4 more" in result.output
     assert "bad19/[red]a.nii" in result.output and "bad20/[red]a.nii" not in result.output
     assert len(json.loads((tmp_path / "bad.json").read_text())["problems"]) == 24
