@@ -103,12 +103,13 @@ def pretrain(
     overrides: Overrides = None,
     config: Annotated[str | None, typer.Option(help="YAML file, or a preset's name (see `pix2rep info`).", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in RUN.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out volumes that cannot be used (data.skip_bad=true).")] = False,
 ) -> None:
-    """Pre-train a backbone on the volumes of DATA; labels are not looked at. Weights, log and splits go to RUN."""
+    """Pre-train a backbone on the volumes of DATA; labels are checked, not learnt from. Weights, log and splits go to RUN."""
     from pix2rep.config import load
 
     file = run / "config.yaml" if config is None and resume and (run / "config.yaml").is_file() else config
-    options = load(file, overrides or ())
+    options = load(file, [*(overrides or ()), *(["data.skip_bad=true"] if skip_bad else [])])
     _show_logging()
     from pix2rep.pretrain import run as pretrain_run
 

@@ -37,7 +37,8 @@ class Study:
 
     def labelled(self, patients: list[str]) -> list[PreparedCase]:
         """Labelled volumes of some patients, in order of id."""
-        return [case for case in self.prepared.cases if case.patient in set(patients) and case.label_file is not None]
+        wanted = set(patients)
+        return [case for case in self.prepared.cases if case.patient in wanted and case.label_file is not None]
 
     def items(self, case: PreparedCase, what: str) -> np.ndarray:
         """`what` ("image" or "labels") of a volume at data.size: [Z, H, W] for slices, [1, D, H, W] for a three-entry size."""

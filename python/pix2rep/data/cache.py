@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -85,6 +86,11 @@ class Prepared:
     def skipped(self) -> list[tuple[str, str]]:
         """(case id, path and reason) of every problem."""
         return [(problem.case, str(problem)) for problem in self.problems]
+
+    @property
+    def skipped_ids(self) -> list[str]:
+        """Cases left out, each once, in order."""
+        return list(dict.fromkeys(problem.case for problem in self.problems))
 
     @property
     def patients(self) -> list[str]:
@@ -220,7 +226,7 @@ def _check(config: DataConfig) -> None:
 
 
 def _key(case: Case, config: DataConfig) -> str:
-    files = [(str(path.resolve()), stamp(path)) for path in (case.image, case.label) if path is not None]
+    files = [(os.path.realpath(path), stamp(path)) for path in (case.image, case.label) if path is not None]
     options = {name: asdict(config)[name] for name in ("spacing", "percentiles", "roi", "roi_margin", "label_affine")}
     identity = json.dumps([_VERSION, case.patient, case.frame, files, options], default=list)
     return hashlib.sha256(identity.encode()).hexdigest()[:12]

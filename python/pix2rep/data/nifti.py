@@ -153,6 +153,9 @@ def write(image: nib.Nifti1Image, path: Path) -> None:
 def _load(path: Path) -> _Stored:
     """Header, then voxels, as they are in the file. Everything that the header alone shows is refused before voxels are read."""
     try:
+        if not path.is_file():
+            path.stat()  # says what is wrong with a name that leads nowhere
+            raise VolumeError(path, "cannot be opened (not a file)")
         if path.stat().st_size == 0:
             raise VolumeError(path, "cannot be read as NIfTI (the file is empty)")
         image = nib.load(path)
@@ -195,10 +198,14 @@ def _why(path: Path, error: Exception) -> str:
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
-    except OSError as gone:
-        return f"cannot be opened ({gone.strerror})"
-    if zipped != (path.suffix == ".gz"):
-        reason = f"the file is {'' if zipped else 'not '}gzip-compressed, unlike its name"
+        if zipped != (path.suffix == ".gz"):
+            reason = f"the file is {'' if zipped else 'not '}gzip-compressed, unlike its name"
+        elif isinstance(error, nib.filebasedimages.ImageFileError):  # so it says of a file that is cut within its header, too
+            reason = "no NIfTI header"
+            with gzip.open(path) if zipped else open(path, "rb") as file:
+                file.read(1024)  # as much as nibabel looks at
+    except (OSError, EOFError, zlib.error) as cause:
+        reason = f"{type(cause).__name__}: {cause}"
     return f"cannot be read as NIfTI ({reason})"
 
 

@@ -62,7 +62,7 @@ def unnamed(case: Case, found, names: tuple[str, ...]) -> Problem | None:
     if not names or not strange:
         return None
     return Problem(
-        case.id, case.label, f"labels must be 0..{len(names)} ({', '.join(names)}; data.classes or dataset.json), got {', '.join(strange)} too"
+        case.id, case.label, f"labels must be 0..{len(names)} ({', '.join(names)}; data.classes or dataset.json), got {', '.join(strange)}"
     )
 
 

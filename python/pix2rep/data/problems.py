@@ -34,7 +34,7 @@ class BadVolumes(ValueError):
         bad = len({problem.case for problem in problems})
         super().__init__(
             f"data.root must hold usable volumes only, got {bad} of {cases} that are not:\n{listed(problems)}\n"
-            "Mend or remove these files, or go on without these cases: --skip-bad (data.skip_bad=true)"
+            "Mend or remove these files, or go on without these cases: data.skip_bad=true (pix2rep pretrain --skip-bad)"
         )
         self.problems = problems
 

@@ -142,7 +142,7 @@ def _centres(labels: np.ndarray) -> np.ndarray:
 
 
 def _key(case: Case) -> str:
-    return json.dumps([(str(path.resolve()), stamp(path)) for path in (case.image, case.label) if path is not None])
+    return json.dumps([(os.path.realpath(path), stamp(path)) for path in (case.image, case.label) if path is not None])
 
 
 def _cache_file(root: Path, folder: Path | None, label_affine: str) -> Path:
