@@ -64,18 +64,52 @@ def phantom(
 
 
 @app.command()
+def inspect(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Volumes: ACDC's layout, imagesTr/labelsTr, or any .nii, .nii.gz.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a contact sheet here (.png): slices with their labels.", show_default=False)
+    ] = None,
+    sheet_cases: Annotated[int, typer.Option(min=1, help="Most tiles on the sheet.")] = 48,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything here too.", show_default=False)] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that remembers what was read; default: the user's cache.", show_default=False)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that read; default: one a core, at most 8.", show_default=False)] = None,
+) -> None:
+    """Show what a folder of volumes holds, and what in it would go wrong.
+
+    Patients, shapes, spacings, intensities and labels with the volumes that
+    are far off, then warnings and files that cannot be used. Warnings are
+    those of training with the options given, such as data.size=64,64. Exits
+    with 1 when a file cannot be used, with 2 when there is no volume at all.
+
+    pix2rep inspect data --sheet data.png --json data.json
+    """
+    from pix2rep.config import load
+
+    data = load(None, overrides or ()).data
+    _show_logging()
+    from pix2rep.inspect_data import inspect as inspect_folder
+
+    if inspect_folder(folder, data, json, sheet, sheet_cases, cache, workers)["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def pretrain(
     data: Data,
     run: Run,
     overrides: Overrides = None,
     config: Annotated[str | None, typer.Option(help="YAML file, or a preset's name (see `pix2rep info`).", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in RUN.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out volumes that cannot be used (data.skip_bad=true).")] = False,
 ) -> None:
-    """Pre-train a backbone on the volumes of DATA; labels are not looked at. Weights, log and splits go to RUN."""
+    """Pre-train a backbone on the volumes of DATA; labels are checked, not learnt from. Weights, log and splits go to RUN."""
     from pix2rep.config import load
 
     file = run / "config.yaml" if config is None and resume and (run / "config.yaml").is_file() else config
-    options = load(file, overrides or ())
+    options = load(file, [*(overrides or ()), *(["data.skip_bad=true"] if skip_bad else [])])
     _show_logging()
     from pix2rep.pretrain import run as pretrain_run
 

@@ -27,6 +27,8 @@ class DataConfig:
     roi: Literal["centre", "gt"] = "centre"  # crop; "gt": box of the labels plus `roi_margin` (as the official code; leaks labels)
     roi_margin: int = 10  # pixels
     classes: tuple[str, ...] = ()  # names of labels 1..K; empty: read from dataset.json, else "1", "2", …
+    label_affine: Literal["check", "ignore"] = "check"  # "ignore": labels' voxels are in the image's order, whatever their header says
+    skip_bad: bool = False  # leave out cases with a file that cannot be used; otherwise they are an error
 
 
 @dataclass

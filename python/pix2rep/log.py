@@ -7,14 +7,16 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from pix2rep.checkpoint import atomic
+
+if TYPE_CHECKING:  # commands that only look at files do not wait for it
+    import torch
 
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -114,9 +116,11 @@ class Progress:
             say(f"step {self.done}/{self.total}  loss {loss:.4f}  {rate:.0f} images/s  {_clock(left)} left  peak {memory:.0f} MiB")
 
 
-def peak_memory(device: torch.device) -> float:
+def peak_memory(device: "torch.device") -> float:
     """MiB: the most that PyTorch has held on a CUDA device, the most that the process has been resident with on the CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB

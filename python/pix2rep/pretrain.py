@@ -1,6 +1,6 @@
 """Pre-training: a backbone from unlabelled volumes.
 
-    RUN/config.yaml  split.json  log.jsonl  cache/  checkpoints/  weights.safetensors
+    RUN/config.yaml  split.json  skipped.json  log.jsonl  cache/  checkpoints/  weights.safetensors
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from pix2rep import checkpoint
 from pix2rep.config import Config, flatten, from_dict, save
 from pix2rep.data.cache import prepare
 from pix2rep.data.discover import Case, discover
+from pix2rep.data.problems import write_skipped
 from pix2rep.data.slices import SliceSource
 from pix2rep.data.splits import make_split, read_split, write_split
 from pix2rep.log import Progress, RunLog, peak_memory, say
@@ -27,7 +28,7 @@ from pix2rep.training import Training, learning_rate, pick_device
 
 # A resumed run may change these: none alters what a step computes.
 FREE = {f"pretrain.{key}" for key in ("steps", "device", "threads", "log_every", "checkpoint_every", "keep", "tensorboard")}
-FREE |= {"data.root", "data.cache", "split.file"}
+FREE |= {"data.root", "data.cache", "data.skip_bad", "split.file"}
 
 
 class NonFiniteLoss(RuntimeError):
@@ -66,7 +67,10 @@ def run(data: str | Path, run_dir: str | Path, config: Config, resume: bool = Fa
         if state:
             training.restore(state)
         save(config, run_dir / "config.yaml")
-        log.write("resume" if state else "start", step=start, device=str(device), slices=len(source), versions=versions())
+        skipped = source.prepared.skipped_ids
+        log.write(
+            "resume" if state else "start", step=start, device=str(device), slices=len(source), skipped=skipped, versions=versions()
+        )
         say(training.summary() + (f"; resuming after step {start}" if state else ""))
         loop(training, start, run_dir, log)
         path = checkpoint.save_backbone(run_dir, training.backbone, config, opt.steps)
@@ -134,11 +138,15 @@ def _open(run_dir: Path, config: Config, resume: bool) -> dict | None:
 def _slices(cases: list[Case], config: Config, run_dir: Path, resume: bool, log: RunLog) -> SliceSource:
     """Slices of the split's pre-training patients; RUN/split.json is made, or copied from split.file, or read again on a resume."""
     prepared = prepare(cases, config.data, config.data.cache or run_dir / "cache")
+    file = run_dir / "skipped.json"
+    if config.data.skip_bad:
+        write_skipped(prepared.problems, file)
+    else:
+        file.unlink(missing_ok=True)
     for case, reason in prepared.skipped:
         log.write("skipped", case=case, reason=reason)
-    if prepared.skipped:
-        names = ", ".join(case for case, _ in prepared.skipped)
-        say(f"skipped {len(prepared.skipped)} of {len(cases)} volumes (reasons in {log.path}): {names}")
+    if skipped := prepared.skipped_ids:
+        say(f"skipped {len(skipped)} of {len(cases)} volumes (reasons in {file}): {', '.join(skipped)}")
     file = run_dir / "split.json"
     if resume and file.is_file():
         split = read_split(file, cases)

@@ -9,7 +9,7 @@ import torch
 from pix2rep.config import Config
 from pix2rep.data.cache import Prepared, PreparedCase, crop_or_pad, prepare
 from pix2rep.data.discover import Case, class_names, discover
-from pix2rep.data.nifti import read_labels
+from pix2rep.data.pair import read_truth
 from pix2rep.data.splits import read_split
 
 
@@ -37,7 +37,8 @@ class Study:
 
     def labelled(self, patients: list[str]) -> list[PreparedCase]:
         """Labelled volumes of some patients, in order of id."""
-        return [case for case in self.prepared.cases if case.patient in set(patients) and case.label_file is not None]
+        wanted = set(patients)
+        return [case for case in self.prepared.cases if case.patient in wanted and case.label_file is not None]
 
     def items(self, case: PreparedCase, what: str) -> np.ndarray:
         """`what` ("image" or "labels") of a volume at data.size: [Z, H, W] for slices, [1, D, H, W] for a three-entry size."""
@@ -53,7 +54,7 @@ class Study:
 
     def truth(self, case: PreparedCase) -> np.ndarray:
         """Labels of the source file itself, uint8 [Z, H, W] in canonical axes, neither cropped nor resampled."""
-        return read_labels(self.cases[case.id].label).transpose(2, 1, 0)
+        return read_truth(self.cases[case.id], self.config.data.label_affine)
 
 
 def open_study(run: Path, config: Config) -> Study:

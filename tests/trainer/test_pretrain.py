@@ -234,7 +234,7 @@ def test_broken_volume_is_skipped_and_said(volumes, tmp_path, capsys):
         (data / path.parent.name / path.name).write_bytes(path.read_bytes())
     (data / "p9").mkdir()
     (data / "p9" / "image.nii.gz").write_bytes(path.read_bytes()[:200])
-    run(data, tmp_path / "run", load(None, [*TINY, "pretrain.steps=1"]))
+    run(data, tmp_path / "run", load(None, [*TINY, "pretrain.steps=1", "data.skip_bad=true"]))
     assert [row["case"] for row in rows_of(tmp_path / "run", "skipped")] == ["p9_image"]
     assert "skipped 1 of 6 volumes" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -12,12 +13,18 @@ import numpy as np
 
 from pix2rep.checkpoint import atomic
 from pix2rep.config import DataConfig
-from pix2rep.data.discover import Case
-from pix2rep.data.nifti import Volume, VolumeError, read, read_labels
+from pix2rep.data.arrays import crop_or_pad, label_box, nearest, resize, scale, uncrop
+from pix2rep.data.discover import Case, class_names
+from pix2rep.data.nifti import VolumeError
+from pix2rep.data.pair import Pair, count, read_pair, stamp, unnamed
+from pix2rep.data.parallel import in_order
+from pix2rep.data.problems import BadVolumes, Problem, listed
+
+__all__ = ["Prepared", "PreparedCase", "crop_or_pad", "load", "prepare", "uncrop"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when prepared files change meaning
+_VERSION = 2  # raise it when prepared files change meaning
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,14 @@ class PreparedCase:
         return self.label_file
 
     def image(self) -> np.ndarray:
-        """[Z, H, W] float16 in [0, 1], memory-mapped read-only."""
-        return np.load(self.image_file, mmap_mode="r")
+        """[Z, H, W] float16 in [0, 1], memory-mapped read-only. Raises VolumeError for a file that is no longer what was prepared."""
+        return _open(self.image_file, self.shape, np.float16)
 
     def labels(self) -> np.ndarray:
-        """[Z, H, W] uint8, memory-mapped read-only. Raises ValueError for a case without labels."""
+        """[Z, H, W] uint8, memory-mapped read-only. Raises ValueError for a case without labels, VolumeError as `image`."""
         if self.label_file is None:
             raise ValueError(f"case must have labels, got {self.id} without")
-        return np.load(self.label_file, mmap_mode="r")
+        return _open(self.label_file, self.shape, np.uint8)
 
     def restore(self, labels: np.ndarray) -> np.ndarray:
         """Labels [Z, H, W] of the prepared shape at the whole source's shape (nearest neighbour, 0 outside the crop)."""
@@ -58,7 +65,7 @@ class PreparedCase:
             raise ValueError(f"labels of {self.id} must have the prepared shape {list(self.shape)}, got {list(labels.shape)}")
         (z0, z1), (y0, y1), (x0, x1) = self.crop
         whole = np.zeros(self.native_shape, dtype=labels.dtype)
-        rows, columns = _nearest(labels.shape[1], y1 - y0), _nearest(labels.shape[2], x1 - x0)
+        rows, columns = nearest(labels.shape[1], y1 - y0), nearest(labels.shape[2], x1 - x0)
         whole[z0:z1, y0:y1, x0:x1] = labels[:, rows[:, None], columns]
         return whole
 
@@ -69,11 +76,21 @@ class Prepared:
 
     folder: Path
     cases: list[PreparedCase]
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (case id, reason)
+    problems: list[Problem] = field(default_factory=list)  # files whose cases were left out
 
     @cached_property
     def by_id(self) -> dict[str, PreparedCase]:
         return {case.id: case for case in self.cases}
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(case id, path and reason) of every problem."""
+        return [(problem.case, str(problem)) for problem in self.problems]
+
+    @property
+    def skipped_ids(self) -> list[str]:
+        """Cases left out, each once, in order."""
+        return list(dict.fromkeys(problem.case for problem in self.problems))
 
     @property
     def patients(self) -> list[str]:
@@ -85,32 +102,42 @@ class Prepared:
         return max((max(case.classes, default=0) for case in self.cases), default=0)
 
 
-def prepare(cases: list[Case], config: DataConfig, folder, progress: Callable[[int, int], None] | None = None) -> Prepared:
-    """Prepare every case into `folder`, reusing what is already there and still valid.
+def prepare(
+    cases: list[Case], config: DataConfig, folder, progress: Callable[[int, int], None] | None = None, workers: int | None = None
+) -> Prepared:
+    """Prepare every case into `folder`, by `workers` threads (default: one a processor, at most 8), reusing what is there and still valid.
 
-    A file is valid for the path, size and time of its sources and the options that shape it (spacing, percentiles, roi, roi_margin).
-    A case that cannot be used is listed in `skipped` with its reason, logged, and written to index.json beside the others.
-    `progress(done, total)` is called after every case. Raises ValueError when no case is left.
+    A file is valid for the path, size and time of its sources and the options that shape it (spacing, percentiles, roi, roi_margin,
+    label_affine). `progress(done, total)` is called after every case.
+
+    Raises BadVolumes, a ValueError, that names every file that cannot be used. With data.skip_bad their cases are left out instead: they
+    are logged and stand in `problems` and index.json. Raises ValueError when no case is left.
     """
     _check(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    prepared, skipped = [], []
-    for done, case in enumerate(cases, 1):
-        try:
-            prepared.append(_one(case, config, folder))
-        except VolumeError as error:
-            skipped.append((case.id, str(error)))
-            log.warning("skipped %s: %s", case.id, error)
+    names = tuple(config.classes) or (class_names(config.root) if config.root else ())
+    prepared, problems = [], []
+    for done, (case, made) in enumerate(zip(cases, in_order(lambda case: _one(case, config, folder), cases, workers), strict=True), 1):
+        if isinstance(made, PreparedCase):
+            strange = unnamed(case, made.classes, names)
+            made = (strange,) if strange else made
+        if isinstance(made, PreparedCase):
+            prepared.append(made)
+        else:
+            problems += made
         if progress:
             progress(done, len(cases))
-    index = {"version": _VERSION, "cases": [_to_json(case) for case in prepared], "skipped": [list(pair) for pair in skipped]}
-    with atomic(folder / "index.json") as temporary:
-        temporary.write_text(json.dumps(index, indent=1))
+    if problems and not config.skip_bad:
+        raise BadVolumes(problems, len(cases))
+    for problem in problems:
+        log.warning("skipped %s: %s", problem.case, problem)
     if not prepared:
-        reason = f"; the first: {skipped[0][1]}" if skipped else ""
-        raise ValueError(f"data.root must hold at least one usable volume, got 0 of {len(cases)}{reason}")
-    return Prepared(folder, prepared, skipped)
+        raise ValueError(f"data.root must hold at least one usable volume, got 0 of {len(cases)}\n{listed(problems)}".rstrip())
+    rows = [[problem.case, str(problem.path), problem.reason] for problem in problems]
+    with atomic(folder / "index.json") as temporary:
+        temporary.write_text(json.dumps({"version": _VERSION, "cases": [_to_json(case) for case in prepared], "skipped": rows}, indent=1))
+    return Prepared(folder, prepared, problems)
 
 
 def load(folder) -> Prepared:
@@ -119,108 +146,71 @@ def load(folder) -> Prepared:
     index = json.loads((folder / "index.json").read_text())
     if index["version"] != _VERSION:
         raise ValueError(f"{folder / 'index.json'} must have version {_VERSION}, got {index['version']}; prepare the data again")
-    return Prepared(folder, [_from_json(entry, folder) for entry in index["cases"]], [tuple(pair) for pair in index["skipped"]])
+    problems = [Problem(case, Path(path), reason) for case, path, reason in index["skipped"]]
+    return Prepared(folder, [_from_json(entry, folder) for entry in index["cases"]], problems)
 
 
-def crop_or_pad(array: np.ndarray, size: tuple[int, ...], value: float = 0) -> np.ndarray:
-    """Centre crop or pad of the last len(size) axes to `size`; odd differences leave the extra element at the end."""
-    lead = array.ndim - len(size)
-    if lead < 0:
-        raise ValueError(f"size must have at most {array.ndim} entries, got {tuple(size)}")
-    source, target = [slice(None)] * lead, [slice(None)] * lead
-    for n, s in zip(array.shape[lead:], size, strict=True):
-        cut, pad, kept = max(n - s, 0) // 2, max(s - n, 0) // 2, min(n, s)
-        source.append(slice(cut, cut + kept))
-        target.append(slice(pad, pad + kept))
-    if all(n >= s for n, s in zip(array.shape[lead:], size, strict=True)):
-        return array[tuple(source)]
-    out = np.full(array.shape[:lead] + tuple(size), value, dtype=array.dtype)
-    out[tuple(target)] = array[tuple(source)]
-    return out
-
-
-def uncrop(array: np.ndarray, shape: tuple[int, ...], value: float = 0) -> np.ndarray:
-    """Inverse of `crop_or_pad`: back to `shape` on the last len(shape) axes, `value` where the crop had cut."""
-    return crop_or_pad(array, shape, value)
-
-
-def _one(case: Case, config: DataConfig, folder: Path) -> PreparedCase:
+def _one(case: Case, config: DataConfig, folder: Path) -> PreparedCase | tuple[Problem, ...]:
     name = f"{case.id}-{_key(case, config)}"
     meta = folder / f"{name}.json"
-    if meta.is_file():
-        entry = json.loads(meta.read_text())
-        found = _from_json(entry, folder)
-        if all(file is None or file.is_file() for file in (found.image_file, found.label_file)):
-            return found
-    volume = read(case.image)
-    image = np.ascontiguousarray(volume.array.transpose(2, 1, 0))  # [Z, H, W]
-    labels = None if case.label is None else np.ascontiguousarray(read_labels(case.label).transpose(2, 1, 0))
-    if labels is not None and labels.shape != image.shape:
-        raise VolumeError(f"{case.label}: labels must have the image's shape {list(image.shape)} (Z, H, W), got {list(labels.shape)}")
-    found = _shape(case, volume, image, labels, config, folder / name)
+    found = _kept(meta, folder)
+    if found:
+        return found
+    pair = read_pair(case, config.label_affine)
+    if pair.problems:
+        return pair.problems
+    try:
+        found = _shape(case, pair, config, folder / name)
+    except VolumeError as error:
+        return (Problem.of(case.id, error),)
     with atomic(meta) as temporary:  # last: it marks the case as complete
         temporary.write_text(json.dumps(_to_json(found)))
     return found
 
 
-def _shape(case: Case, volume: Volume, image: np.ndarray, labels: np.ndarray | None, config: DataConfig, stem: Path) -> PreparedCase:
+def _kept(meta: Path, folder: Path) -> PreparedCase | None:
+    """What `meta` describes, if its arrays are there and as it says; None for what must be made again."""
+    if not meta.is_file():
+        return None
+    try:
+        found = _from_json(json.loads(meta.read_text()), folder)
+        found.image()
+        if found.label_file is not None:
+            found.labels()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.info("%s is prepared again: %s", meta, error)
+        return None
+    return found
+
+
+def _shape(case: Case, pair: Pair, config: DataConfig, stem: Path) -> PreparedCase:
+    image = pair.image.array.transpose(2, 1, 0)  # [Z, H, W]
+    labels = pair.labels and pair.labels.array.transpose(2, 1, 0)
     native = image.shape
     crop = tuple((0, n) for n in native)
     if config.roi == "gt":
-        crop = _label_box(case, labels, config.roi_margin)
+        crop = label_box(case, labels, config.roi_margin)
         window = tuple(slice(*pair) for pair in crop)
         image, labels = image[window], labels[window]
-    image = _scale(case, image, config.percentiles)
-    spacing = volume.spacing[::-1]
+    image = scale(case.image, image, config.percentiles)
+    spacing = pair.image.spacing[::-1]
     if config.spacing is not None:
         height, width = (max(1, round(n * s / t)) for n, s, t in zip(image.shape[1:], spacing[1:], config.spacing, strict=True))
         spacing = (spacing[0], spacing[1] * image.shape[1] / height, spacing[2] * image.shape[2] / width)
-        image = _resize(image, (height, width))
+        image = resize(image, (height, width))
         if labels is not None:
-            labels = labels[:, _nearest(labels.shape[1], height)[:, None], _nearest(labels.shape[2], width)]
+            labels = labels[:, nearest(labels.shape[1], height)[:, None], nearest(labels.shape[2], width)]
     image_file, label_file = Path(f"{stem}.image.npy"), None
     _save(image.astype(np.float16), image_file)
     classes = ()
     if labels is not None:
         label_file = Path(f"{stem}.label.npy")
         _save(labels, label_file)
-        classes = tuple(int(k) for k in np.flatnonzero(np.bincount(labels.ravel(), minlength=1)) if k)
-    affine = tuple(tuple(float(x) for x in row) for row in volume.affine)
+        classes = tuple(k for k in count(labels.transpose(2, 1, 0)) if k)
+    affine = tuple(tuple(float(x) for x in row) for row in pair.image.affine)
     return PreparedCase(
         case.id, case.patient, case.frame, case.image, image_file, label_file, image.shape, spacing, affine, native, crop, classes
     )
-
-
-def _scale(case: Case, image: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
-    low, high = np.percentile(image, percentiles)
-    if not high > low:  # more than 98 % of one value, such as a small organ in air
-        low, high = image.min(), image.max()
-    if not high > low:
-        raise VolumeError(f"{case.image}: intensities must vary, got {low:g} in every voxel")
-    low, high = np.float64(low), np.float64(high)
-    return ((np.clip(image, low, high) - low) / (high - low)).astype(np.float32)
-
-
-def _label_box(case: Case, labels: np.ndarray | None, margin: int) -> tuple[tuple[int, int], ...]:
-    if labels is None or not labels.any():
-        raise VolumeError(f"{case.image}: data.roi=gt needs a label with foreground, got {case.label}")
-    box = []
-    for axis, extra in enumerate((0, margin, margin)):  # slices without foreground are dropped
-        hit = np.flatnonzero(labels.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append((max(0, int(hit[0]) - extra), min(labels.shape[axis], int(hit[-1]) + 1 + extra)))
-    return tuple(box)
-
-
-def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    import torch
-
-    resized = torch.nn.functional.interpolate(torch.from_numpy(image)[:, None], size, mode="bilinear", align_corners=False, antialias=True)
-    return resized[:, 0].numpy()
-
-
-def _nearest(n: int, m: int) -> np.ndarray:
-    """For each of m cells that cover n, the one whose centre is nearest."""
-    return np.minimum(((np.arange(m) + 0.5) * n / m).astype(np.int64), n - 1)
 
 
 def _check(config: DataConfig) -> None:
@@ -236,17 +226,22 @@ def _check(config: DataConfig) -> None:
 
 
 def _key(case: Case, config: DataConfig) -> str:
-    files = []
-    for path in (case.image, case.label):
-        if path is not None:
-            try:
-                stat = path.stat()
-            except OSError as error:
-                raise VolumeError(f"{path}: cannot be read ({error})") from error
-            files.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
-    options = {name: asdict(config)[name] for name in ("spacing", "percentiles", "roi", "roi_margin")}
+    files = [(os.path.realpath(path), stamp(path)) for path in (case.image, case.label) if path is not None]
+    options = {name: asdict(config)[name] for name in ("spacing", "percentiles", "roi", "roi_margin", "label_affine")}
     identity = json.dumps([_VERSION, case.patient, case.frame, files, options], default=list)
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
+    """A prepared array, memory-mapped read-only, if it is what was written."""
+    try:
+        array = np.load(path, mmap_mode="r")
+        got = f"{array.dtype} {list(array.shape)}"
+        if array.dtype == dtype and array.shape == shape:
+            return array
+    except (OSError, ValueError, EOFError, AttributeError) as error:  # an .npz or nothing that NumPy knows has neither dtype nor shape
+        got = str(error)
+    raise VolumeError(path, f"must be a prepared volume, {np.dtype(dtype)} {list(shape)}, got {got}; start the command again to prepare it anew")
 
 
 def _save(array: np.ndarray, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def discover(root) -> list[Case]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{_EXPECTED}, got {root} ({'a file' if root.exists() else 'no such folder'})")
-    files = [p for p in sorted(root.rglob("*.nii*")) if _stem(p) is not None and not p.name.startswith(".") and p.is_file()]
+    files = _files(root)
     if any(_ACDC_FRAME.match(p.name) for p in files):
         cases = _acdc(files)
     elif (root / "imagesTr").is_dir():
@@ -63,7 +64,7 @@ def class_names(root) -> tuple[str, ...]:
     file = root / "dataset.json"
     if file.is_file():
         return _names_from_json(file)
-    if any(_ACDC_FRAME.match(p.name) for p in root.rglob("patient*_frame*.nii*")):
+    if any(_ACDC_FRAME.match(p.name) for p in _files(root)):
         return ("RV", "MYO", "LV")
     return ()
 
@@ -71,6 +72,21 @@ def class_names(root) -> tuple[str, ...]:
 def disease_group(case) -> str | None:
     """`Group` of ACDC's Info.cfg beside the source of a Case or PreparedCase, such as "DCM"; None where there is no such file."""
     return _info(_info_file(case.source)).get("Group")
+
+
+def _files(root: Path) -> list[Path]:
+    """NIfTI files below `root` by name, sorted. A broken link is one too: reading it says so. Other folders' links are not followed."""
+
+    def refused(error: OSError) -> None:
+        log.warning("%s cannot be looked into (%s): its volumes are not seen", error.filename, error.strerror)
+
+    found = []
+    for folder, below, names in os.walk(root, onerror=refused):
+        found += [Path(folder, name) for name in names if not name.startswith(".") and _stem(Path(name)) is not None]
+        for name in below:
+            if os.path.islink(os.path.join(folder, name)):
+                log.warning("%s is a link to a folder: its volumes are not seen", os.path.join(folder, name))
+    return sorted(found)
 
 
 def _acdc(files: list[Path]) -> list[Case]:
@@ -99,7 +115,8 @@ def _acdc(files: list[Path]) -> list[Case]:
         else:
             names = {number: name for (number, _), name in zip(found, ("ED", "ES"), strict=False)}
         for number, path in found:
-            cases.append(Case(f"{patient}_frame{number:02d}", patient, names.get(number), path, labels.get((patient, number))))
+            cases.append(Case(f"{patient}_frame{number:02d}", patient, names.get(number), path, labels.pop((patient, number), None)))
+    _warn_of_orphans(list(labels.values()))
     return cases
 
 
@@ -117,24 +134,30 @@ def _decathlon(root: Path, files: list[Path]) -> list[Case]:
                 channels += 1
                 continue
         cases.append(Case(name, name, None, path, labels.get(name)))
-    orphans = labels.keys() - {case.id for case in cases}
-    if orphans:
-        log.warning("%d labels without an image ignored, first %s", len(orphans), labels[min(orphans)])
+    _warn_of_orphans([labels[name] for name in labels.keys() - {case.id for case in cases}])
     if channels:
         log.warning("%d files of further channels ignored: the first channel of each case is used", channels)
     return cases
 
 
+def _warn_of_orphans(labels: list[Path]) -> None:
+    if labels:
+        log.warning("%d labels without an image ignored, first %s", len(labels), min(labels))
+
+
 def _any_folder(root: Path, files: list[Path]) -> list[Case]:
     named = [(p.with_name(_stem(p)), p) for p in files]
     names = {name for name, _ in named}
-    labels, images = {}, []
+    labels, images, rivals = {}, [], []
     for name, path in named:
         owner = name.with_name(_LABEL.sub("", name.name) or name.name)
         if owner != name and owner in names:
+            rivals += [owner] if owner in labels else []
             labels[owner] = path
         else:
             images.append((name, path))
+    if rivals:
+        log.warning("%d images have several label files; the last by name is taken, such as %s", len(set(rivals)), labels[rivals[0]])
     parents = [name.relative_to(root).parent.parts for name, _ in images]
     shared = 0
     while images and all(len(parts) > shared and parts[shared] == parents[0][shared] for parts in parents):
@@ -148,10 +171,10 @@ def _any_folder(root: Path, files: list[Path]) -> list[Case]:
 
 def _unique(cases: list[Case]) -> list[Case]:
     seen: dict[str, Case] = {}
-    for case in cases:
-        if case.id in seen:
-            raise ValueError(f"case ids must be unique, got {case.id!r} from both {seen[case.id].image} and {case.image}")
-        seen[case.id] = case
+    twice = [(seen[case.id], case) for case in cases if seen.setdefault(case.id, case) is not case]
+    if twice:
+        pairs = "\n  ".join(f"{first.id!r} from both {first.image} and {second.image}" for first, second in twice)
+        raise ValueError(f"case ids must be unique, got {pairs}")
     return sorted(cases, key=lambda case: case.id)
 
 
@@ -176,13 +199,15 @@ def _info(file: Path) -> dict[str, str]:
 
 def _names_from_json(file: Path) -> tuple[str, ...]:
     try:
-        labels = json.loads(file.read_text()).get("labels", {})
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} must hold a JSON object, got {error}") from error
-    names = {}
-    for key, value in labels.items():
+        labels = json.loads(file.read_text(encoding="utf-8")).get("labels", {}).items()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} must hold a JSON object, labels one too, got {error}") from error
+    names, highest = {}, 0
+    for key, value in labels:
         if str(key).isdigit():  # MSD: {"1": "Anterior"}
             names[int(key)] = str(value)
-        elif isinstance(value, int):  # nnU-Net: {"Anterior": 1}; its regions (lists) name no single label
+        elif isinstance(value, int):  # nnU-Net: {"Anterior": 1}
             names[value] = str(key)
-    return tuple(names.get(k, str(k)) for k in range(1, max(names, default=0) + 1))
+        elif isinstance(value, list):  # nnU-Net's regions: several labels, none named by it
+            highest = max([highest, *(k for k in value if isinstance(k, int))])
+    return tuple(names.get(k, str(k)) for k in range(1, max([highest, *names]) + 1))

@@ -13,13 +13,14 @@ _OPEN = 256  # memory maps kept; each holds a file descriptor
 class SliceSource:
     """The slices of some patients. With size (H, W) an item is an axial slice, with (D, H, W) a whole volume.
 
-    `labelled=True` keeps cases with labels only, and batches carry them. Raises ValueError when no item is left.
+    `labelled=True` keeps cases with labels only, and batches carry them. Raises ValueError when no item is left; reading a
+    prepared volume that has changed or gone meanwhile raises VolumeError.
     """
 
     def __init__(self, prepared: Prepared, patients, size: tuple[int, ...], labelled: bool = False):
         if len(size) not in (2, 3) or min(size) < 1:
             raise ValueError(f"data.size must be two or three positive numbers of pixels, got {tuple(size)}")
-        self.size, self.labelled = tuple(size), labelled
+        self.prepared, self.size, self.labelled = prepared, tuple(size), labelled
         wanted = set(patients)
         self.cases = [c for c in prepared.cases if c.patient in wanted and not (labelled and c.label_file is None)]
         if not self.cases:
@@ -29,6 +30,7 @@ class SliceSource:
         counts = [case.shape[0] if len(size) == 2 else 1 for case in self.cases]
         self._case = np.repeat(np.arange(len(counts)), counts)  # [items] -> case
         self._start = np.concatenate([[0], np.cumsum(counts)])
+        self._place = {case.id: k for k, case in enumerate(self.cases)}
         self._maps: OrderedDict = OrderedDict()
 
     def __len__(self) -> int:
@@ -44,10 +46,10 @@ class SliceSource:
     def case_slices(self, case: PreparedCase | str) -> np.ndarray:
         """Indices of a case's items in order of Z, for `batch`."""
         name = case if isinstance(case, str) else case.id
-        for k, own in enumerate(self.cases):
-            if own.id == name:
-                return np.arange(self._start[k], self._start[k + 1])
-        raise ValueError(f"case must be one of the source's {len(self.cases)}, got {name}")
+        if name not in self._place:
+            raise ValueError(f"case must be one of the source's {len(self.cases)}, got {name}")
+        k = self._place[name]
+        return np.arange(self._start[k], self._start[k + 1])
 
     def patients_of(self, indices) -> list[str]:
         """Patients that the items come from, sorted, each once."""
