@@ -51,8 +51,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     descriptor = None
     try:
+        make_folder(path.parent)
         with explained(path):
-            make_folder(path.parent)
             descriptor = os.open(temporary, os.O_CREAT | os.O_RDWR, 0o666)
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,8 +101,9 @@ def make_folder(folder: str | Path) -> None:
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
-        new.mkdir(exist_ok=True)
-        _sync(new.parent)
+        with explained(new):
+            new.mkdir(exist_ok=True)
+            _sync(new.parent)
 
 
 def clear(folder: str | Path) -> None:
@@ -129,7 +130,9 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
     Raises InUse, which names `what` and the process that holds it. Where the file system has no locks: a warning, and on.
     """
-    with open(path, "a+", encoding="utf-8") as file:
+    with explained(path):
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the block)
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
