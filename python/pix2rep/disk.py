@@ -165,6 +165,8 @@ def replaced(folder: str | Path, own: tuple[str, ...]) -> Iterator[Path]:
         make_folder(new)
         try:
             yield new
+            with explained(new):
+                _carry(folder, new, own)
         except BaseException as error:
             if not any(path.is_file() for path in new.rglob("*")):
                 shutil.rmtree(new, ignore_errors=True)
@@ -172,8 +174,6 @@ def replaced(folder: str | Path, own: tuple[str, ...]) -> Iterator[Path]:
                 kept = f"{folder} is as it was; " if folder.is_dir() else ""
                 raise DiskFull(f"{error}; {kept}what was finished is in {new}. Free some space, then start again") from error
             raise
-        if folder.is_dir():
-            _carry(folder, new, own)
         _publish(new, folder, old)
 
 
@@ -196,7 +196,8 @@ def _publish(new: Path, folder: Path, old: Path) -> None:
     elif not _exchange(new, folder):
         os.rename(folder, old)
         os.rename(new, folder)
-    _sync(folder.parent)
+    with contextlib.suppress(OSError):  # a power cut now would bring the old results back, as whole as the new
+        _sync(folder.parent)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
 

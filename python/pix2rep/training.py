@@ -5,6 +5,7 @@ the weights of one that did not.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,6 +39,7 @@ class Training:
         self.pending: list[Tensor] = []  # losses still on the device: reading one every step would make the CPU wait for the GPU
         self.losses: list[float] = []  # of the micro-batches since the last row of the log, known to be finite
         self.seconds = 0.0  # in the loop, over all sessions
+        self.reading = 0.0  # seconds of the CPU that the loader's thread took
 
     def step(self, step: int, batches: Iterator[Tensor], monitor: bool) -> dict[str, float]:
         """Update the weights by `accumulate` micro-batches; returns the collapse statistics of the last one when `monitor`."""
@@ -77,8 +79,11 @@ class Training:
         first, last = start * opt.accumulate, opt.steps * opt.accumulate
 
         def read(index: int) -> Tensor:
+            began = time.thread_time()
             images = self.source.batch(sampler.indices(index))[0]
-            return images.pin_memory() if self.device.type == "cuda" else images
+            images = images.pin_memory() if self.device.type == "cuda" else images
+            self.reading += time.thread_time() - began
+            return images
 
         with ThreadPoolExecutor(1, "pix2rep-data") as pool:
             coming = pool.submit(read, first)

@@ -66,9 +66,11 @@ class Written:
             self.file.write(data[: len(data) // 2])
             self.file.flush()
 
-        if self.fresh or self.disk.how == "full" or str(self.path).endswith(".jsonl"):
+        if self.fresh or str(self.path).endswith(".jsonl"):
             self.__dict__["fresh"] = False
             self.disk("write", self.path, half)
+        elif self.disk.how == "full" and self.disk.count > self.disk.at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.file.write(data)
 
     def __getattr__(self, name):
