@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import json
 import logging
 import os
@@ -328,7 +329,9 @@ def test_screen_that_is_a_file_on_a_full_disk_ends_nothing(monkeypatch):
 
     from pix2rep import log
 
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(log, "console", Console(file=full))
-        say("a line that nobody reads")
-        full.detach().detach()
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(log, "console", Console(file=Full()))
+    say("a line that nobody reads")
