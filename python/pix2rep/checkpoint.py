@@ -1,66 +1,87 @@
-"""Files that are whole or absent: atomic writes, checkpoints to resume from, the published weights.
+"""Checkpoints to resume from, the published weights; every file whole or absent.
 
     RUN/checkpoints/step_0000500.pt, last.pt    everything that resuming needs; `torch.load(weights_only=True)` reads it
     RUN/weights.safetensors                     the backbone; metadata: config (JSON), steps, versions
 """
 
-import contextlib
 import json
+import logging
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pix2rep import config as config_file
+from pix2rep.disk import atomic
 
 if TYPE_CHECKING:  # torch is imported where it is used: config.save comes through here
     import torch
 
 FORMAT = 1
 
-
-@contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (same suffixes) to write to; it replaces `path` when the block ends.
-
-    A block that raises leaves `path` as it was. The folder is made where it is missing; the bytes are on the disk before the name is.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+log = logging.getLogger(__name__)
 
 
 def save(run: str | Path, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` (`state["step"]` names the file), point last.pt at it, delete all but the newest `keep`."""
+    """Write `state` (`state["step"]` names the file), point last.pt at it, then delete all but the newest `keep` up to that step.
+
+    Raises `disk.DiskFull` where there is no space; every earlier checkpoint is then still there.
+    """
     import torch
 
     folder = Path(run) / "checkpoints"
     path = folder / f"step_{state['step']:07d}.pt"
-    with atomic(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+    with atomic(path) as temporary, open(temporary, "wb") as file:  # given a path, PyTorch's writer would not say why it failed
+        torch.save({"format": FORMAT, **state}, file)
     with atomic(folder / "last.pt") as temporary:
+        temporary.unlink()
         try:
             os.link(path, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
-    for older in sorted(folder.glob("step_*.pt"))[:-keep]:
+    before = [older for older in numbered(run) if _number(older) <= state["step"]]  # a later one is of a run that was set back
+    for older in before[keep:]:
         older.unlink(missing_ok=True)
     return path
 
 
+def numbered(run: str | Path) -> list[Path]:
+    """step_*.pt of a run, newest first."""
+    return sorted((path for path in (Path(run) / "checkpoints").glob("step_*.pt") if _number(path) >= 0), key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    digits = path.stem.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else -1
+
+
 def last(run: str | Path) -> Path | None:
-    """The newest checkpoint of a run, None before its first one."""
+    """The checkpoint that a run goes on from: last.pt, else the newest step_*.pt; None before the first one."""
     path = Path(run) / "checkpoints" / "last.pt"
-    return path if path.is_file() else None
+    return path if path.is_file() else next(iter(numbered(run)), None)
+
+
+def newest(run: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """Path and state of last.pt or, where it is missing or damaged, of the newest step_*.pt that loads; None before the first one.
+
+    A damaged file is said in a warning. Raises ValueError when all are damaged.
+    """
+    first = last(run)
+    if first is None:
+        return None
+    same = [first, *(path for path in numbered(run) if path != first)]
+    for path in same:
+        try:
+            state = load(path)
+        except ValueError as error:
+            log.warning("%s", error)
+            failed = error
+            continue
+        if path != first:
+            log.warning("taking %s (step %d) instead of %s", path, state["step"], first)
+        return path, state
+    raise ValueError(f"run must hold a checkpoint that loads, all {len(same)} in {first.parent} are damaged; {failed}") from failed
 
 
 def load(path: str | Path, device: "str | torch.device" = "cpu") -> dict[str, Any]:
@@ -68,6 +89,9 @@ def load(path: str | Path, device: "str | torch.device" = "cpu") -> dict[str, An
     import torch
 
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load takes wrong bytes as they are
+            if (wrong := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {wrong}")
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # zip, pickle and OS errors alike mean that this file cannot be resumed from
         raise ValueError(f"checkpoint must be a file written by pix2rep pretrain, cannot read {path}: {error}") from error
@@ -77,16 +101,22 @@ def load(path: str | Path, device: "str | torch.device" = "cpu") -> dict[str, An
     return state
 
 
+def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
+    """A safetensors file, written atomically. Raises `disk.DiskFull` where there is no space."""
+    from safetensors.torch import save
+
+    data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def save_backbone(run: str | Path, backbone: "torch.nn.Module", config: config_file.Config, steps: int) -> Path:
     """Write RUN/weights.safetensors with the config, the steps taken and the versions inside."""
     import torch
-    from safetensors.torch import save_file
 
     path = Path(run) / "weights.safetensors"
-    weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
     metadata = {"format": "pt", "config": json.dumps(config_file.to_dict(config)), "steps": str(steps), "torch": torch.__version__}
-    with atomic(path) as temporary:
-        save_file(weights, temporary, metadata)
+    save_tensors(path, backbone.state_dict(), metadata)
     return path
 
 

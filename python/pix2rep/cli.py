@@ -120,7 +120,7 @@ def pretrain(
 def profile(
     overrides: Overrides = None,
     config: Annotated[str | None, typer.Option(help="YAML file, or a preset's name (see `pix2rep info`).", show_default=False)] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of volumes to take the batch from; default: noise.", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of volumes to read as `pretrain` does; default: one batch of noise.", show_default=False)] = None,
     fit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Instead: the largest batch within SIZE, such as 24GiB.", show_default=False)
     ] = None,
@@ -163,10 +163,12 @@ def profile(
     from pix2rep import profile_report as shown
 
     if fit is None:
-        from pix2rep.profile import images_of, profile_step
+        from contextlib import nullcontext
 
-        images = images_of(data, options) if data else None
-        result = profile_step(options, images, limit=limit, resident=resident, snapshot=snapshot)
+        from pix2rep.profile import folder_source, profile_step
+
+        with folder_source(data, options) if data else nullcontext() as source:
+            result = profile_step(options, source, limit=limit, resident=resident, snapshot=snapshot)
     else:
         from pix2rep.fit import fit_batch, parse_size
 

@@ -65,7 +65,8 @@ def run(plan: Plan, jobs: int = 1, again: str = "") -> dict:
             comparison.match_times()
             clock("match_time")
             comparison.announce()
-            comparison.work("pre-training", [job for job in comparison.pretrainings() if comparison.why_to_do(job)])
+            random = [job for job in comparison.cells() if job.random]  # they wait for no weights: processes left over may train them
+            comparison.work("pre-training, random cells", [job for job in (*comparison.pretrainings(), *random) if comparison.why_to_do(job)])
             clock("pretrain")
             comparison.work("cells", [job for job in comparison.runnable_cells() if comparison.why_to_do(job)])
             clock("cells")

@@ -95,7 +95,7 @@ def _pretrain(job: Job) -> None:
         for part in ("pretrained.json", "weights.safetensors", "log.jsonl", "split.json"):
             (job.folder / part).unlink(missing_ok=True)
     records.write(started, {"inputs": job.inputs})
-    run(job.config.data.root, job.folder, job.config, resume=checkpoint.last(job.folder) is not None)
+    run(job.config.data.root, job.folder, job.config, resume=True)
     seconds = checkpoint.load(checkpoint.last(job.folder))["seconds"]  # of the steps, over every session
     records.write(job.record, {"inputs": job.inputs, "steps": job.config.pretrain.steps, "seconds": round(seconds, 1)})
 

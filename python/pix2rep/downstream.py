@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pix2rep import evaluate, finetune, log, metrics, overlay, probe, report
+from pix2rep import disk, evaluate, finetune, log, metrics, overlay, probe, report
 from pix2rep.checkpoint import load_backbone
 from pix2rep.config import Config
 from pix2rep.data.cache import PreparedCase
@@ -23,17 +23,25 @@ from pix2rep.networks import Segmenter, build_backbone
 from pix2rep.study import Study, open_study
 
 SETTLING_BATCHES = 32  # batches of 16 images that estimate the random arm's BatchNorm statistics
+OWN = ("results.*", "models/*.safetensors", "overlays/*.png")  # what a run writes into RUN/<what>
 
 
 def run(run_dir: Path, config: Config, what: str) -> dict:
     """Probe or fine-tune for every downstream.labelled x downstream.seeds x arm, test each model, and write RUN/<what>/.
 
+    Results of an earlier call stay there until all of the new ones are written; a call that ends before leaves RUN/<what>.partial.
     what: "probe" | "finetune". Returns the report that results.json holds. Raises FileNotFoundError for a run without weights, ValueError
     for too few labelled patients or a part of the split without labels.
     """
     if what not in ("probe", "finetune"):
         raise ValueError(f'what must be "probe" or "finetune", got {what!r}')
-    run_dir = Path(run_dir)
+    with disk.replaced(Path(run_dir) / what, OWN) as folder:
+        result = _run(Path(run_dir), config, what, folder)
+    report.show(result)
+    return result
+
+
+def _run(run_dir: Path, config: Config, what: str, folder: Path) -> dict:
     pretrained, trained = load_backbone(run_dir)
     if config.network != trained.network:
         raise ValueError(f"network must be that of the run's weights, {trained.network}, got {config.network}")
@@ -45,7 +53,6 @@ def run(run_dir: Path, config: Config, what: str) -> dict:
     down = config.downstream
     # Every draw is made before the first model is trained: too few patients must not cost an hour.
     draws = {(n, seed): labelled_patients(study.split, pool, n, seed) for n in down.labelled for seed in down.seeds}
-    folder = run_dir / what
     rows, models, shown = [], [], {}
     for (n, seed), patients in draws.items():
         for arm in report.ARMS:
@@ -62,9 +69,7 @@ def run(run_dir: Path, config: Config, what: str) -> dict:
             report.say_model(entry, metrics.nanmean([row["dice"] for row in new]))
     result = report.write(folder, rows, models, study)
     n, seed = next(iter(draws))
-    pictures = overlay.write(folder / "overlays", test, shown, study, f"{what}, {n} labelled, seed {seed}")
-    _remove_older(folder, {run_dir / entry["file"] for entry in models} | set(pictures))
-    report.show(result)
+    overlay.write(folder / "overlays", test, shown, study, f"{what}, {n} labelled, seed {seed}")
     return result
 
 
@@ -80,13 +85,6 @@ def one_model(backbone, study: Study, entry: dict, validation: list[PreparedCase
     entry = entry | choice
     predictions = {case.id: evaluate.predict_case(model, case, study) for case in test}
     return model, entry, predictions, [row for case in test for row in evaluate.score_case(predictions[case.id], case, study, entry)]
-
-
-def _remove_older(folder: Path, kept: set[Path]) -> None:
-    """Models and pictures of an earlier run into the same folder, which results.json no longer speaks of."""
-    for file in (*(folder / "models").glob("*.safetensors"), *(folder / "overlays").glob("*.png")):
-        if file not in kept:
-            file.unlink()
 
 
 def random_backbone(study: Study, seed: int):

@@ -82,19 +82,15 @@ def distance_unit(spacing) -> tuple[str, tuple[float, ...]]:
 
 
 def save_model(model, folder: Path, entry: dict, study: Study) -> str:
-    """Write a downstream model (backbone and head) atomically as safetensors; what it is goes into the metadata. Returns its path below the
-    run.
+    """Write a downstream model (backbone and head) as safetensors into `folder`; what it is goes into the metadata.
+
+    Returns its path below the run once the folder of `disk.replaced` has taken its place. Raises `disk.DiskFull` where there is no space.
     """
-    from safetensors.torch import save_file
+    from pix2rep.checkpoint import save_tensors
 
-    from pix2rep.checkpoint import atomic
-
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"n{entry['labelled']}_seed{entry['seed']}_{entry['arm']}.safetensors"
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic(path) as temporary:
-        save_file(state, temporary, metadata={"pix2rep": json.dumps(entry | {"classes": list(study.classes)})})
-    return os.path.relpath(path, study.run)
+    save_tensors(path, model.state_dict(), {"pix2rep": json.dumps(entry | {"classes": list(study.classes)})})
+    return os.path.join(entry["what"], folder.name, path.name)
 
 
 def load_model(path: Path, study: Study):

@@ -8,6 +8,7 @@ import torch
 
 from pix2rep.config import Config, SpatialConfig
 from pix2rep.data.slices import StepSampler
+from pix2rep.heap import Heap
 from pix2rep.networks import Segmenter
 from pix2rep.views.photometric import Photometric
 from pix2rep.views.spatial import SpatialView, warp_image
@@ -70,7 +71,7 @@ def fit(model, images: torch.Tensor, labels: torch.Tensor, lr: float, config: Co
     augment = Augment(config) if down.augment else None
     generator = torch.Generator(images.device).manual_seed(seed)
     checks = {round(steps * (i + 1) / VALIDATIONS) for i in range(VALIDATIONS)}
-    best, best_step, state = -math.inf, 0, None
+    best, best_step, state, heap = -math.inf, 0, None, Heap()
     for step in range(1, steps + 1):
         model.train()
         picked = torch.as_tensor(np.asarray(sampler.indices(step - 1)), device=images.device)
@@ -83,6 +84,7 @@ def fit(model, images: torch.Tensor, labels: torch.Tensor, lr: float, config: Co
         optimizer.step()
         schedule.step()
         if step in checks:
+            heap.trim()
             if not torch.isfinite(loss):
                 break
             score = validate(model)

@@ -1,11 +1,14 @@
 """What a run tells: lines on the screen, a progress bar, RUN/log.jsonl, TensorBoard where wanted."""
 
+import contextlib
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from pix2rep.checkpoint import atomic
+from pix2rep.disk import atomic, explained, make_folder
 
 if TYPE_CHECKING:  # commands that only look at files do not wait for it
     import torch
@@ -25,7 +28,8 @@ console = Console(stderr=True)
 
 def say(message: str) -> None:
     """One line for the user on stderr, as it stands (no wrapping, no markup)."""
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    with contextlib.suppress(OSError):  # stderr may be a file on a full disk: a lost line is no reason to lose the run
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def table_console() -> Console:
@@ -56,17 +60,27 @@ class RunLog:
 
     def __init__(self, path: Path, step: int = 0, tensorboard: Path | None = None):
         if step and path.is_file():
-            rows = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step(line) <= step]
+            kept = [line for line, row in _rows(path) if row.get("step", 0) <= step]
             with atomic(path) as temporary:
-                temporary.write_text("".join(rows), encoding="utf-8")
-        path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        make_folder(path.parent)
         self.path = path
-        self._file = open(path, "a" if step else "w", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        # Unbuffered: what a full disk refused must not be tried again when the file is closed.
+        self._file = open(path, "ab" if step else "wb", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._board = _tensorboard(tensorboard, step) if tensorboard else None
 
     def write(self, event: str, **values: Any) -> None:
-        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **_finite(values)}, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one row. Raises `disk.DiskFull` where there is no space; no part of the row is then left."""
+        row = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(values)}, allow_nan=False) + "\n"
+        end, rest = os.fstat(self._file.fileno()).st_size, row.encode()
+        try:
+            with explained(self.path):
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise
         if self._board and event == "step":
             for name, value in values.items():
                 if name != "step":
@@ -134,11 +148,17 @@ def _tensorboard(folder: Path, step: int):
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
-def _step(line: str) -> int:
-    try:
-        return json.loads(line).get("step", 0)
-    except json.JSONDecodeError:  # the line that a killed run was writing
-        return sys.maxsize
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a log.jsonl; what a kill or a power cut left of a line is passed over."""
+    return [row for _, row in _rows(Path(path))]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield line, row
 
 
 def _finite(value: Any) -> Any:

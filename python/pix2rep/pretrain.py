@@ -1,6 +1,6 @@
 """Pre-training: a backbone from unlabelled volumes.
 
-    RUN/config.yaml  split.json  skipped.json  log.jsonl  cache/  checkpoints/  weights.safetensors
+    RUN/lock  config.yaml  split.json  skipped.json  log.jsonl  cache/  checkpoints/  weights.safetensors
 """
 
 import contextlib
@@ -9,26 +9,27 @@ import platform
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from pix2rep import checkpoint
+from pix2rep import checkpoint, disk
 from pix2rep.config import Config, flatten, from_dict, save
 from pix2rep.data.cache import prepare
 from pix2rep.data.discover import Case, discover
 from pix2rep.data.problems import write_skipped
 from pix2rep.data.slices import SliceSource
 from pix2rep.data.splits import make_split, read_split, write_split
-from pix2rep.log import Progress, RunLog, peak_memory, say
+from pix2rep.log import Progress, RunLog, peak_memory, read_log, say
 from pix2rep.training import Training, learning_rate, pick_device
 
 # A resumed run may change these: none alters what a step computes.
 FREE = {f"pretrain.{key}" for key in ("steps", "device", "threads", "log_every", "checkpoint_every", "keep", "tensorboard")}
 FREE |= {"data.root", "data.cache", "data.skip_bad", "split.file"}
+PAUSE = 10.0  # seconds before a full disk is tried a second time
 
 
 class NonFiniteLoss(RuntimeError):
@@ -48,32 +49,47 @@ class Interrupted(RuntimeError):
 def run(data: str | Path, run_dir: str | Path, config: Config, resume: bool = False) -> Path:
     """Pre-train on the volumes under `data`, write everything under `run_dir`, return the path of weights.safetensors.
 
-    resume: continue from RUN/checkpoints/last.pt; without a checkpoint the run starts at its first step.
-    Raises ValueError or OSError for data, folder or config that cannot be used, NonFiniteLoss, and Interrupted after SIGINT or SIGTERM.
+    resume: continue from RUN/checkpoints/last.pt (where that is damaged, from the newest checkpoint that loads); without a checkpoint the run
+    starts at its first step. A full disk is tried twice, then ends the run; earlier checkpoints stay.
+    Raises ValueError or OSError for data, folder or config that cannot be used, `disk.InUse` where another process writes to the folder,
+    `disk.DiskFull`, NonFiniteLoss, and Interrupted after SIGINT or SIGTERM.
     """
     run_dir = Path(run_dir)
     config = replace(config, data=replace(config.data, root=str(Path(data).resolve())))
+    if config.pretrain.threads:
+        torch.set_num_threads(config.pretrain.threads)
+    device = pick_device(config.pretrain.device)
+    cases = discover(config.data.root)
+    try:
+        disk.make_folder(run_dir)
+        with disk.lock(run_dir / "lock", str(run_dir)), _determinism(config.pretrain.deterministic):
+            return _run(cases, run_dir, config, device, resume)
+    except disk.DiskFull as error:
+        raise disk.DiskFull(f"{error}; {_way_on(run_dir, config)}") from error
+
+
+def _run(cases: list[Case], run_dir: Path, config: Config, device: torch.device, resume: bool) -> Path:
     opt = config.pretrain
-    if opt.threads:
-        torch.set_num_threads(opt.threads)
-    device = pick_device(opt.device)
     state = _open(run_dir, config, resume)
     start = state["step"] if state else 0
-    cases = discover(config.data.root)
-    log = RunLog(run_dir / "log.jsonl", start, run_dir / "tensorboard" if opt.tensorboard else None)
-    with contextlib.closing(log), _determinism(opt.deterministic):
+    for folder in filter(None, (run_dir, config.data.cache)):
+        disk.clear(folder)
+    with contextlib.ExitStack() as stack:
+        if state is None:
+            stack.enter_context(_claim(run_dir, config))
+        log = stack.enter_context(contextlib.closing(RunLog(run_dir / "log.jsonl", start, run_dir / "tensorboard" if opt.tensorboard else None)))
         source = _slices(cases, config, run_dir, resume, log)
         training = Training(config, device, source)
         if state:
             training.restore(state)
-        save(config, run_dir / "config.yaml")
+            save(config, run_dir / "config.yaml")
         skipped = source.prepared.skipped_ids
         log.write(
             "resume" if state else "start", step=start, device=str(device), slices=len(source), skipped=skipped, versions=versions()
         )
         say(training.summary() + (f"; resuming after step {start}" if state else ""))
         loop(training, start, run_dir, log)
-        path = checkpoint.save_backbone(run_dir, training.backbone, config, opt.steps)
+        path = _twice(checkpoint.save_backbone, run_dir, training.backbone, config, opt.steps)
         log.write("end", step=opt.steps, weights=path.name)
     say(f"weights: {path}")
     return path
@@ -114,14 +130,14 @@ def loop(training: Training, start: int, run_dir: Path, log: RunLog) -> None:
 
 def _open(run_dir: Path, config: Config, resume: bool) -> dict | None:
     """The checkpoint to continue from, if any. Raises for a folder that holds another run, or a config that is not the checkpoint's."""
-    path = checkpoint.last(run_dir)
-    if path is None:
-        if resume:
-            say(f"no checkpoint in {run_dir}: starting at the first step")
-        return None
-    state = checkpoint.load(path)
     if not resume:
-        raise FileExistsError(f"run must be a new folder, got {run_dir}, a run of {state['step']} steps; continue it with --resume")
+        _refuse_taken(run_dir)
+        return None
+    found = checkpoint.newest(run_dir)
+    if found is None:
+        say(f"no checkpoint in {run_dir}: starting at the first step")
+        return None
+    path, state = found
     before, now = flatten(from_dict(state["config"])), flatten(config)
     changed = [key for key in now if now[key] != before[key] and key not in FREE and not key.startswith("downstream.")]
     opt = config.pretrain
@@ -133,6 +149,59 @@ def _open(run_dir: Path, config: Config, resume: bool) -> dict | None:
     if opt.steps < state["step"]:
         raise ValueError(f"pretrain.steps must be at least the {state['step']} steps taken, got {opt.steps}")
     return state
+
+
+def _refuse_taken(run_dir: Path) -> None:
+    """Raise FileExistsError for a folder that holds a run, begun or done, or a file that a run would overwrite."""
+    saved = checkpoint.numbered(run_dir)
+    if _begun(run_dir / "log.jsonl") or checkpoint.last(run_dir) or any((run_dir / name).exists() for name in ("config.yaml", "weights.safetensors")):
+        steps = int(saved[0].stem.removeprefix("step_")) if saved else 0
+        raise FileExistsError(f"run must be a new folder, got {run_dir}, a run of {steps} steps; continue it with --resume")
+    if (run_dir / "split.json").exists():
+        raise FileExistsError(f"run must be a folder without split.json, which would be overwritten, got {run_dir}; give a split as split.file")
+
+
+def _begun(log: Path) -> bool:
+    """Whether a log holds more than what a start that failed had said of the volumes; somebody else's file does."""
+    if not log.is_file() or not log.stat().st_size:
+        return False
+    events = {row.get("event") for row in read_log(log)}
+    return events != {"skipped"}
+
+
+@contextlib.contextmanager
+def _claim(run_dir: Path, config: Config) -> Iterator[None]:
+    """Write config.yaml, which marks the folder as a run from its first moment. Nothing new is left of a run that fails before its first step."""
+    new = [path for path in (run_dir / "config.yaml", run_dir / "split.json") if not path.exists()]
+    save(config, run_dir / "config.yaml")
+    try:
+        yield
+    except BaseException:
+        if not _begun(run_dir / "log.jsonl"):
+            for path in new:
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _way_on(run_dir: Path, config: Config) -> str:
+    """Words for the end of a run that the disk had no room for."""
+    try:
+        found = checkpoint.newest(run_dir)
+    except ValueError:
+        found = None
+    where = f"last good checkpoint: {found[0]} (step {found[1]['step']})" if found else "no checkpoint yet"
+    again = shlex.join(["pix2rep", "pretrain", config.data.root, str(run_dir), "--resume"])
+    return f"{where}; free some space, then continue with: {again}"
+
+
+def _twice(write: Callable, *arguments):
+    """Call `write` again after a pause where the disk was full: another program's files may have gone."""
+    try:
+        return write(*arguments)
+    except disk.DiskFull as error:
+        say(f"{error}; trying again in {PAUSE:g} s")
+        time.sleep(PAUSE)
+        return write(*arguments)
 
 
 def _slices(cases: list[Case], config: Config, run_dir: Path, resume: bool, log: RunLog) -> SliceSource:
@@ -166,7 +235,7 @@ def _checkpoint(training: Training, done: int, run_dir: Path, log: RunLog) -> Pa
     if not training.weights_are_finite():  # a finite loss can have a gradient that is not
         accumulate = training.config.pretrain.accumulate
         _diverged(training, "weights must be finite, got NaN or inf", done, range((done - 1) * accumulate, done * accumulate), run_dir, log)
-    path = checkpoint.save(run_dir, training.state(done), training.config.pretrain.keep)
+    path = _twice(checkpoint.save, run_dir, training.state(done), training.config.pretrain.keep)
     log.write("checkpoint", step=done, file=path.name)
     return path
 

@@ -10,10 +10,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,12 +20,14 @@ import torch
 from torch import Tensor
 
 from pix2rep.config import Config, from_dict, to_dict
+from pix2rep.data.slices import SliceSource, StepSampler
 from pix2rep.meter import Meter, Snapshot, allocated_bytes, memory_source, resident_bytes, time_source, usable_bytes
 from pix2rep.methods import build_method
 from pix2rep.plain import COPIES, PlainLoss, similarity_bytes
 from pix2rep.training import Training, pick_device
 
 LOSSES = ("ours", "eager")
+READING = "reading"  # the wait for the loader; a part of steps that read from a folder
 PARTS = (
     "views", "backbone, view 1", "head, view 1", "backbone, view 2", "head, view 2",
     "loss forward", "loss backward", "networks backward, view 2", "networks backward, view 1", "optimiser",
@@ -37,17 +38,27 @@ class Profiled:
     """A Training with one fixed batch, and its step in parts.
 
     images: [B, 1, *S] float32 in [0, 1]; B overrides pretrain.batch_size. One micro-batch a step: accumulating repeats all but the optimiser.
+    source: slices that the timed steps read as `pretrain` does, the next batch while one is used, instead of taking `images` again.
     """
 
-    def __init__(self, config: Config, images: Tensor, device: torch.device):
+    def __init__(self, config: Config, images: Tensor, device: torch.device, source: SliceSource | None = None):
         opt = replace(config.pretrain, batch_size=len(images), accumulate=1)
         self.config, self.device, self.images = replace(config, pretrain=opt), device, images.to(device)
-        self.training = Training(self.config, device, source=None)
+        self.training = Training(self.config, device, source)
         self.losses = losses_of(config)
         self.steps = 0
+        self.parts = PARTS if source is None else (READING, *PARTS)
 
-    def step(self, which: str, mark: Callable[[str], None] = lambda name: None) -> None:
-        """One update of the weights with the loss `which`; `mark` is called with a part's name where it begins."""
+    def _batches(self, mark: Callable[[str], None], read: Iterator[Tensor] | None) -> Iterator[Tensor]:
+        while True:
+            if self.parts != PARTS:
+                mark(READING)
+            images = self.images if read is None else next(read)
+            mark("views")
+            yield images
+
+    def step(self, which: str, mark: Callable[[str], None] = lambda name: None, read: Iterator[Tensor] | None = None) -> None:
+        """One update of the weights with the loss `which`; `mark` is called with a part's name where it begins. read: batches, not `images`."""
         training = self.training
         networks, loss = training.networks, training.method.loss
         training.networks = tuple(_marked(name, net, mark) for name, net in zip(("backbone", "head"), networks, strict=True))
@@ -60,8 +71,7 @@ class Profiled:
 
         training.scaler.step = marked_update
         try:
-            mark("views")
-            training.step(self.steps % training.config.pretrain.steps, repeat(self.images), monitor=False)
+            training.step(self.steps % training.config.pretrain.steps, self._batches(mark, read), monitor=False)
         finally:
             training.networks, training.method.loss = networks, loss
             del training.scaler.step  # the method shows again
@@ -101,9 +111,9 @@ class Profiled:
         standing = sum(self.standing().values())
         return {part: standing + peak for part, (_, peak) in parts.items()}
 
-    def seconds(self, which: str) -> dict[str, float]:
+    def seconds(self, which: str, read: Iterator[Tensor] | None = None) -> dict[str, float]:
         with Meter(time_source(self.device)) as meter:
-            self.step(which, meter)
+            self.step(which, meter, read)
         return dict(meter.parts)
 
 
@@ -141,29 +151,38 @@ def synthetic(config: Config, batch: int) -> Tensor:
     return torch.rand(batch, 1, *config.data.size, generator=torch.Generator().manual_seed(config.pretrain.seed))
 
 
-def images_of(folder: str | Path, config: Config) -> Tensor:
-    """The first batch that `pretrain` would draw from as many of the folder's volumes as a batch has images."""
+@contextlib.contextmanager
+def folder_source(folder: str | Path, config: Config) -> Iterator[SliceSource]:
+    """Slices of the folder's volumes: of all where data.cache names a folder to prepare them in, else of as many as a batch has images,
+    prepared for as long as the block lasts.
+    """
     from pix2rep.data.cache import prepare
     from pix2rep.data.discover import discover
-    from pix2rep.data.slices import SliceSource, StepSampler
 
-    batch = config.pretrain.batch_size
-    with TemporaryDirectory() as cache:
-        prepared = prepare(discover(folder)[:batch], config.data, cache)
-        source = SliceSource(prepared, prepared.patients, config.data.size)
-        return source.batch(StepSampler(len(source), batch, config.pretrain.seed).indices(0))[0]
+    with TemporaryDirectory() as temporary:
+        cases = discover(folder)
+        kept = config.data.cache
+        prepared = prepare(cases if kept else cases[: config.pretrain.batch_size], config.data, kept or temporary)
+        yield SliceSource(prepared, prepared.patients, config.data.size)
+
+
+def first_batch(source: SliceSource, config: Config) -> Tensor:
+    """The batch that `pretrain` would draw first from these slices."""
+    return source.batch(StepSampler(len(source), config.pretrain.batch_size, config.pretrain.seed).indices(0))[0]
 
 
 def profile_step(
-    config: Config, images: Tensor | None = None, *, losses=LOSSES, repeats: int = 5, limit: float = 20.0, resident: bool = False,
+    config: Config, source: SliceSource | None = None, *, losses=LOSSES, repeats: int = 5, limit: float = 20.0, resident: bool = False,
     snapshot: str | Path | None = None,
 ) -> dict:  # fmt: skip
     """Profile one step with each of `losses`.
 
-    images: default `synthetic`. repeats: timed steps of each loss, fewer where they would take longer than `limit` seconds together.
+    source: slices to train on, read as `pretrain` reads them; default: one `synthetic` batch, and no reading.
+    repeats: timed steps of each loss, fewer where they would take longer than `limit` seconds together.
     resident: also the growth of a fresh process (CPU on Linux). snapshot: file for PyTorch's memory viewer, of the first loss (CUDA).
 
-    Returns {"standing": bytes by kind, "gradients": bytes, "batch_size", "pixels", "losses": {name: result}}. A result has `parts` (dicts of
+    Returns {"standing": bytes by kind, "gradients": bytes, "batch_size", "pixels", "losses": {name: result}}, with a source also
+    "reading_cpu_seconds": of the loader's thread, a batch (the wait for it is the part "reading"). A result has `parts` (dicts of
     part, added_bytes, kept_bytes and peak_bytes beyond what stands, seconds, share), `peak_bytes` and `after_bytes` (all tensors, at most and when the
     step is over), `step_seconds` (median), `images_per_s`, `loss_share`, and `resident_bytes` where asked. An eager loss that the free
     memory cannot hold (`usable_bytes`) has `would_need_bytes` instead: what COPIES of its similarities take, from their shape, and nothing else.
@@ -172,7 +191,8 @@ def profile_step(
     recorder = Snapshot(Path(snapshot), device) if snapshot else None
     if config.pretrain.threads:
         torch.set_num_threads(config.pretrain.threads)
-    profiled = Profiled(config, synthetic(config, config.pretrain.batch_size) if images is None else images, device)
+    images = synthetic(config, config.pretrain.batch_size) if source is None else first_batch(source, config)
+    profiled = Profiled(config, images, device, source)
     batch, pixels = len(profiled.images), profiled.pixels
     results, times = {}, {}
     for which in losses:
@@ -185,17 +205,24 @@ def profile_step(
             memory = profiled.memory(which)
         recorder = None
         results[which], times[which] = {"memory": memory}, []
-    began = time.perf_counter()
-    while times and (not min(map(len, times.values())) or (len(times[losses[0]]) < repeats and time.perf_counter() - began < limit)):
-        for which, taken in times.items():  # in turns: a busy machine slows both alike
-            taken.append(profiled.seconds(which))
+    began, training = time.perf_counter(), profiled.training
+    with contextlib.closing(_endless(training)) if source else contextlib.nullcontext() as read:
+        while times and (not min(map(len, times.values())) or (len(times[losses[0]]) < repeats and time.perf_counter() - began < limit)):
+            for which, taken in times.items():  # in turns: a busy machine slows both alike
+                taken.append(profiled.seconds(which, read))
     standing = profiled.standing()
     for which, taken in times.items():
         results[which] = _result(results[which]["memory"], taken, sum(standing.values()), batch)
         if resident and device.type == "cpu" and resident_bytes():
             results[which] |= in_fresh_process(profiled.config, which)
-    gradients = _bytes(profiled.training.parameters)
-    return {"batch_size": batch, "pixels": pixels, "standing": standing, "gradients": gradients, "losses": results}
+    gradients = _bytes(training.parameters)
+    found = {"batch_size": batch, "pixels": pixels, "standing": standing, "gradients": gradients, "losses": results}
+    return found if source is None else found | {"reading_cpu_seconds": training.reading / (1 + sum(map(len, times.values())))}  # one is read ahead
+
+
+def _endless(training: Training) -> Iterator[Tensor]:
+    while True:
+        yield from training.batches(0)
 
 
 def _result(memory: dict[str, tuple[int, int]], times: list[dict[str, float]], standing: int, batch: int) -> dict:

@@ -14,6 +14,7 @@ from pix2rep.config import Config, to_dict
 from pix2rep.log import table_console
 from pix2rep.plain import COPIES
 from pix2rep.pretrain import versions
+from pix2rep.profile import READING
 from pix2rep.training import pick_device
 
 SOURCES = {
@@ -52,6 +53,8 @@ def show_step(result: dict) -> None:
             f"{which}: {entry['images_per_s']:.2f} images/s, loss {100 * entry['loss_share']:.1f} % of the step"
             f" (median of {entry['timed_steps']})"
         )
+        if "reading_cpu_seconds" in result:
+            screen.print(_reading(which, entry, result["reading_cpu_seconds"]))
     for which, entry in result["losses"].items():
         if "would_need_bytes" in entry:
             one = entry["would_need_bytes"] // COPIES
@@ -62,6 +65,16 @@ def show_step(result: dict) -> None:
     screen.print(f"gradients of the parameters: {size(result['gradients'])}, made in backward, given back after the optimiser")
     screen.print("adds: what is left when a part ends; peak: the most within it, beyond parameters, buffers, optimiser state and images")
     screen.print(f"counted: {result['memory_source']}")
+
+
+def _reading(which: str, entry: dict, cpu: float) -> str:
+    """What data cost: the wait, and the loader's thread beside the step; views."""
+    seconds = {part["part"]: part["seconds"] for part in entry["parts"]}
+    share = (seconds[READING] + seconds["views"] + cpu) / entry["step_seconds"]
+    return (
+        f"{which}: the loader takes {1e3 * cpu:.1f} ms of one CPU core a step, beside it, and the step waits {1e3 * seconds[READING]:.1f} ms for it;"
+        f" with the views at most {100 * share:.1f} % of the step"
+    )
 
 
 def show_fit(result: dict) -> None:

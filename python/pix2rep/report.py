@@ -106,7 +106,7 @@ def write(folder: Path, rows: list[dict], models: list[dict], study) -> dict:
         "config": config_file.to_dict(study.config),
         "versions": _versions(),
     }
-    with atomic(folder / "results.csv") as temporary, open(temporary, "w", newline="") as file:
+    with atomic(folder / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: "" if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()} for row in rows)

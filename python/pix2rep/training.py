@@ -5,6 +5,7 @@ the weights of one that did not.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pix2rep.config import Config, PretrainConfig, to_dict
 from pix2rep.data.slices import SliceSource, StepSampler
+from pix2rep.heap import Heap
 from pix2rep.methods import build_method
 from pix2rep.networks import build_backbone, channels_last, projection_head
 
@@ -36,8 +38,10 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         self.generator = torch.Generator(device)
         self.pending: list[Tensor] = []  # losses still on the device: reading one every step would make the CPU wait for the GPU
+        self.heap = Heap()
         self.losses: list[float] = []  # of the micro-batches since the last row of the log, known to be finite
         self.seconds = 0.0  # in the loop, over all sessions
+        self.reading = 0.0  # seconds of the CPU that the loader's thread took
 
     def step(self, step: int, batches: Iterator[Tensor], monitor: bool) -> dict[str, float]:
         """Update the weights by `accumulate` micro-batches; returns the collapse statistics of the last one when `monitor`."""
@@ -77,8 +81,11 @@ class Training:
         first, last = start * opt.accumulate, opt.steps * opt.accumulate
 
         def read(index: int) -> Tensor:
+            began = time.thread_time()
             images = self.source.batch(sampler.indices(index))[0]
-            return images.pin_memory() if self.device.type == "cuda" else images
+            images = images.pin_memory() if self.device.type == "cuda" else images
+            self.reading += time.thread_time() - began
+            return images
 
         with ThreadPoolExecutor(1, "pix2rep-data") as pool:
             coming = pool.submit(read, first)
@@ -97,6 +104,7 @@ class Training:
         first = done * self.config.pretrain.accumulate - len(self.pending)
         values = torch.stack(self.pending).tolist()
         self.pending.clear()
+        self.heap.trim()
         self.losses += values
         return next(((index, value) for index, value in enumerate(values, first) if not math.isfinite(value)), None)
 

@@ -1,6 +1,7 @@
 """Bytes and seconds belong to the part that took them, predictions to the law that made them; the profiled step is the trainer's."""
 
 import json
+import time
 from itertools import repeat
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from typer.testing import CliRunner
 from pix2rep import fit, meter, profile, profile_report
 from pix2rep.cli import app
 from pix2rep.config import load
+from pix2rep.data.slices import SliceSource
 from pix2rep.fit import Law, fit_batch, fit_law, parse_size
 from pix2rep.meter import CpuMemory, CpuSeconds, CudaMemory, CudaSeconds, Meter, Snapshot
 from pix2rep.plain import COPIES, PlainLoss, similarity_bytes
-from pix2rep.profile import PARTS, Profiled, images_of, in_fresh_process, profile_step, synthetic
+from pix2rep.profile import PARTS, READING, Profiled, first_batch, folder_source, in_fresh_process, profile_step, synthetic
 from pix2rep.training import Training
 from pix2rep_kernels import Pix2RepLoss
 from pix2rep_kernels.testing import error, tolerance
@@ -77,10 +79,34 @@ def test_parts_in_mixed_precision():
     assert tuple(made.seconds("ours")) == tuple(made.seconds("eager")) == PARTS
 
 
-def test_batch_of_a_folder(tmp_path):
+def test_steps_that_read_from_a_folder(tmp_path):
     dataset(tmp_path, patients=3)
-    images = images_of(tmp_path, load(None, [*TINY, "pretrain.batch_size=2"]))
+    config = load(None, [*TINY, "pretrain.batch_size=2"])
+    with folder_source(tmp_path, config) as source:
+        images = first_batch(source, config)
+        result = profile_step(config, source, losses=("ours",), repeats=3)
     assert images.shape == (2, 1, 32, 32) and 0 <= images.min() < images.max() <= 1
+    parts = result["losses"]["ours"]["parts"]
+    assert [part["part"] for part in parts] == [READING, *PARTS]
+    assert parts[0]["seconds"] > 0 and parts[0]["kept_bytes"] == parts[0]["peak_bytes"] == 0
+    assert 0 < result["reading_cpu_seconds"] < result["losses"]["ours"]["step_seconds"]
+
+
+def test_a_slow_loader_shows_as_waiting(tmp_path, monkeypatch, capsys):
+    dataset(tmp_path, patients=3)
+    config, real = load(None, TINY), SliceSource.batch
+
+    def slow(self, indices):
+        time.sleep(0.3)
+        return real(self, indices)
+
+    with folder_source(tmp_path, config) as source:
+        monkeypatch.setattr(SliceSource, "batch", slow)
+        result = profile_step(config, source, losses=("ours",), repeats=2)
+    step = result["losses"]["ours"]
+    assert step["parts"][0]["seconds"] > 0.1 and result["reading_cpu_seconds"] < 0.1  # it slept
+    profile_report.show_step({"memory_source": "bytes"} | result)
+    assert "ours: the loader takes" in capsys.readouterr().out
 
 
 def test_eager_stores_the_similarities_and_ours_does_not():

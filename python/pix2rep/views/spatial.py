@@ -50,8 +50,9 @@ class SpatialView:
         crop = uniform((batch, d), -1, 1, generator, device) * (1 - scale).clamp(min=0)
         shift = uniform((batch, d), -config.translation, config.translation, generator, device)
         flip = self._flip(batch, generator, device)
-        linear = self._rotation(angle, size) * scale[:, :, None]  # R C, [B, d, d]
-        offset = self._rotation(angle, size) @ (crop + scale * shift)[:, :, None]
+        rotation = self._rotation(angle, size)
+        linear = rotation * scale[:, :, None]  # R C, [B, d, d]
+        offset = rotation @ (crop + scale * shift)[:, :, None]
         return torch.cat([linear * flip[:, None, :], offset], dim=2)
 
     def _flip(self, batch: int, generator, device) -> torch.Tensor:
