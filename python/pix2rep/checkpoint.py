@@ -138,6 +138,7 @@ def load_backbone(run: str | Path, device: "str | torch.device" = "cpu") -> "tup
     with safe_open(path, framework="pt", device=str(device)) as file:
         trained = json.loads(file.metadata()["config"])["network"]
         weights = {name: file.get_tensor(name) for name in file.keys()}
+    trained = config_file.to_dict(config_file.from_dict({"network": trained}))["network"]  # older weights lack newer options
     network = config_file.to_dict(config)["network"]
     if network != trained:
         raise ValueError(f"network in {run / 'config.yaml'} must be that of the weights, {trained}, got {network}")
