@@ -82,7 +82,4 @@ def _classes(prepared: Prepared, config: Config) -> tuple[str, ...]:
         raise ValueError(
             f"data.root must hold labels above 0, got {labelled} label files for {len(prepared.cases)} volumes in {config.data.root}"
         )
-    names = tuple(config.data.classes) or class_names(config.data.root) or tuple(str(k) for k in range(1, highest + 1))
-    if highest > len(names):
-        raise ValueError(f"data.classes must name labels 1..{highest}, got {len(names)} names: {', '.join(names)}")
-    return names
+    return tuple(config.data.classes) or class_names(config.data.root) or tuple(str(k) for k in range(1, highest + 1))

@@ -348,7 +348,7 @@ def test_names_for_fewer_classes_than_labels_are_refused(finished):
     run, config, _ = finished
     short = config_file.from_dict(config_file.to_dict(config))
     short.data.classes = ("LV",)
-    with pytest.raises(ValueError, match=r"data.classes must name labels 1..2, got 1 names: LV"):
+    with pytest.raises(ValueError, match=r"labels must be 0..1 \(LV; data.classes or dataset.json\)"):
         open_study(run, short)
 
 
