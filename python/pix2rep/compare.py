@@ -27,7 +27,7 @@ from pix2rep.config import Config
 from pix2rep.data.cache import Prepared, prepare
 from pix2rep.data.discover import discover
 from pix2rep.data.slices import SliceSource
-from pix2rep.data.splits import PARTS, labelled_patients, make_split, read_split, write_split
+from pix2rep.data.splits import PARTS, labelled_patients, make_split, read_split, warn_of_shared_images, write_split
 from pix2rep.log import say
 from pix2rep.plan import Plan, plan_of, to_dict
 from pix2rep.pretrain import versions
@@ -124,6 +124,7 @@ class Comparison:
             write_split(split, before)  # before the plan: a plan.yaml vouches for its split
             with atomic(out / "plan.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(to_dict(self.plan), sort_keys=False, default_flow_style=None), encoding="utf-8")
+        warn_of_shared_images(prepared.cases, split)
         study = replace(open_study(out, config), split=split)
         for part in PARTS:
             study.volumes(part)

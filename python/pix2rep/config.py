@@ -37,6 +37,7 @@ class SplitConfig:
     val: float = 0.1  # share of patients
     test: float = 0.2
     seed: int = 0
+    exclude: tuple[str, ...] = ()  # patients of no part; the others stay where they are without it
     groups: str | None = None  # spread evenly over the parts: a CSV (patient,group) | "acdc": the official 100's, by number; null: Info.cfg
 
 

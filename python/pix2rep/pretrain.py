@@ -22,7 +22,7 @@ from pix2rep.data.cache import prepare
 from pix2rep.data.discover import Case, discover
 from pix2rep.data.problems import write_skipped
 from pix2rep.data.slices import SliceSource
-from pix2rep.data.splits import make_split, read_split, write_split
+from pix2rep.data.splits import make_split, read_split, warn_of_shared_images, write_split
 from pix2rep.log import Progress, RunLog, peak_memory, read_log, say
 from pix2rep.training import Training, learning_rate, pick_device
 
@@ -222,6 +222,7 @@ def _slices(cases: list[Case], config: Config, run_dir: Path, resume: bool, log:
     else:
         split = read_split(config.split.file, cases) if config.split.file else make_split(prepared.cases, config.split)
         write_split(split, file)
+    warn_of_shared_images(prepared.cases, split)
     return SliceSource(prepared, split["pretrain"], config.data.size)
 
 

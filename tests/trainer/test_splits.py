@@ -1,6 +1,7 @@
 """Splits by patient, batches of slices, and the order in which they come."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from pix2rep.config import DataConfig, SplitConfig
 from pix2rep.data.cache import prepare
 from pix2rep.data.discover import discover, disease_group
 from pix2rep.data.slices import SliceSource, StepSampler
-from pix2rep.data.splits import labelled_patients, make_split, read_split, write_split
+from pix2rep.data.splits import labelled_patients, make_split, read_split, shared_images, warn_of_shared_images, write_split
 from volumes import dataset, labels, save, volume
 
 
@@ -59,6 +60,25 @@ class TestSplits:
             make_split(cases, SplitConfig(groups=str(tmp_path / "g.csv")))
         with pytest.raises(ValueError, match='split.groups must be "acdc" or a CSV'):
             make_split(cases, SplitConfig(groups="nowhere.csv"))
+
+    def test_the_excluded_are_in_no_part_and_move_nobody(self, tmp_path):
+        cases = dataset(tmp_path, 10)
+        whole = make_split(cases, SplitConfig(val=0.1, test=0.2))
+        gone = whole["test"][0], whole["pretrain"][0]
+        split = make_split(cases, SplitConfig(val=0.1, test=0.2, exclude=gone))
+        assert {part: [p for p in whole[part] if p not in gone] for part in ("pretrain", "val", "test")}.items() <= split.items()
+        with pytest.raises(ValueError, match="split.exclude must name patients of the data, got p77"):
+            make_split(cases, SplitConfig(exclude=("p77",)))
+
+    def test_one_image_under_two_patients_is_told_of(self, tmp_path, caplog):
+        dataset(tmp_path / "data", 6)
+        shutil.copy(tmp_path / "data/imagesTr/p1.nii.gz", tmp_path / "data/imagesTr/p4.nii.gz")
+        shutil.copy(tmp_path / "data/imagesTr/p2.nii.gz", tmp_path / "data/imagesTr/p3.nii.gz")
+        prepared = prepare(discover(tmp_path / "data"), DataConfig(), tmp_path / "cache")
+        split = {"pretrain": ["p0", "p1", "p2", "p3"], "val": ["p4"], "test": ["p5"]}
+        assert shared_images(prepared.cases, split) == [("p1", "p4")]
+        warn_of_shared_images(prepared.cases, split)
+        assert "p1 (pretrain) and p4 (val) have the same image: leave one out with split.exclude" in caplog.text
 
     def test_labelled_patients_are_nested_and_labelled(self, tmp_path):
         cases = dataset(tmp_path, 12)

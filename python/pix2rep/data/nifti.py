@@ -179,12 +179,12 @@ def _load(path: Path) -> _Stored:
 
 
 def _scaling(path: Path, header, shape: tuple[int, ...]) -> tuple[float, float]:
-    """(slope, inter) of a header as stored; (1, 0) for a slope of 0, which means none."""
+    """(slope, inter) of a header as stored; (1, 0) for a slope of 0 or NaN, which mean none."""
     sizes = [float(s) for s, n in zip(header["pixdim"][1:4], shape, strict=True) if n > 1]
     if not all(0 < s < np.inf for s in sizes):
         raise VolumeError(path, f"voxel sizes must be positive, got pixdim {', '.join(f'{s:g}' for s in sizes)}")
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0:
+    if slope == 0 or np.isnan(slope):
         return 1.0, 0.0
     if not np.isfinite([slope, inter]).all():
         raise VolumeError(path, f"scl_slope and scl_inter must be finite, got {slope:g} and {inter:g}")

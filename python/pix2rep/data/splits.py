@@ -1,16 +1,22 @@
 """Who trains and who tests: splits by patient, balanced over disease groups, written to a file that later commands read."""
 
 import csv
+import hashlib
+import itertools
 import json
+import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from pix2rep.checkpoint import atomic
 from pix2rep.config import SplitConfig
+from pix2rep.data.cache import PreparedCase
 from pix2rep.data.discover import Case, disease_group
+
+log = logging.getLogger(__name__)
 
 PARTS = ("pretrain", "val", "test")
 # Of the official 100 training patients of ACDC (Bernard et al. 2018), twenty a group in this order; copies often lack the Info.cfg that says so.
@@ -21,7 +27,7 @@ def make_split(cases: list[Case], config: SplitConfig) -> dict:
     """{"version": 1, "seed": s, "pretrain": [...], "val": [...], "test": [...]}, sorted patient names.
 
     `cases` are Case or PreparedCase. "pretrain" is also the pool of the labelled patients: pre-training sees its images only.
-    Disease groups are spread evenly: those of `config.groups`, else of Info.cfg.
+    Disease groups are spread evenly: those of `config.groups`, else of Info.cfg. Patients of `config.exclude` are left out at the end.
     Raises ValueError for shares that leave nobody to pre-train on, or when there are too few patients for the parts asked for.
     """
     if not (0 <= config.val < 1 and 0 <= config.test < 1 and config.val + config.test < 1):
@@ -31,9 +37,36 @@ def make_split(cases: list[Case], config: SplitConfig) -> dict:
     test, val = (max(1, round(share * len(order))) if share else 0 for share in (config.test, config.val))
     if len(order) < test + val + 1:
         raise ValueError(f"the split needs at least {test + val + 1} patients (test {test}, val {val}, pretrain 1), got {len(order)}")
+    if unknown := sorted(set(config.exclude) - set(order)):
+        raise ValueError(f"split.exclude must name patients of the data, got {', '.join(unknown)}")
     parts = {"pretrain": order[test + val :], "val": order[test : test + val], "test": order[:test]}
+    parts = {part: [patient for patient in own if patient not in config.exclude] for part, own in parts.items()}
+    if not parts["pretrain"]:
+        raise ValueError(f"split.exclude must leave a patient to pre-train on, got {', '.join(config.exclude)}")
     known = {patient: group for patient, group in sorted(groups.items()) if group}
     return {"version": 1, "seed": config.seed} | {part: sorted(parts[part]) for part in PARTS} | ({"groups": known} if known else {})
+
+
+def shared_images(cases: list[PreparedCase], split: dict) -> list[tuple[str, str]]:
+    """Pairs of patients in different parts of the split who have an image in common: what one part learns, the other is tested on.
+
+    Images are one when their shapes and middle slices are, bit for bit.
+    """
+    part_of = {patient: part for part in PARTS for patient in split[part]}
+    owners = defaultdict(set)
+    for case in cases:
+        if case.patient in part_of:
+            image = case.image()
+            owners[image.shape, hashlib.blake2b(image[len(image) // 2].tobytes()).digest()].add(case.patient)
+    pairs = {pair for own in owners.values() for pair in itertools.combinations(sorted(own), 2)}
+    return sorted((a, b) for a, b in pairs if part_of[a] != part_of[b])
+
+
+def warn_of_shared_images(cases: list[PreparedCase], split: dict) -> None:
+    """Log a warning for every pair of `shared_images`."""
+    part_of = {patient: part for part in PARTS for patient in split[part]}
+    for a, b in shared_images(cases, split):
+        log.warning("%s (%s) and %s (%s) have the same image: leave one out with split.exclude", a, part_of[a], b, part_of[b])
 
 
 def write_split(split: dict, path) -> None:
@@ -54,7 +87,7 @@ def read_split(path, cases: list[Case]) -> dict:
     if not isinstance(split, dict) or split.get("version") != 1 or any(not isinstance(split.get(part), list) for part in PARTS):
         raise ValueError(f'split.file must hold {{"version": 1, "pretrain": [...], "val": [...], "test": [...]}}, got {path}')
     everyone = [patient for part in PARTS for patient in split[part]]
-    twice = sorted({p for p in everyone if everyone.count(p) > 1})
+    twice = sorted(patient for patient, times in Counter(everyone).items() if times > 1)
     if twice:
         raise ValueError(f"a patient must be in one part of the split only, got {', '.join(twice)} more than once in {path}")
     unknown = sorted(set(everyone) - {case.patient for case in cases})
