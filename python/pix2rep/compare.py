@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from pix2rep import compare_records as records
+from pix2rep import disk
 from pix2rep.checkpoint import atomic
 from pix2rep.compare_jobs import Job, Outcome, fail, run_here, run_in_processes
 from pix2rep.compare_time import matched_steps
@@ -58,8 +59,10 @@ def run(plan: Plan, jobs: int = 1, again: str = "") -> dict:
     clock, threads = _Clock(), torch.get_num_threads()
     comparison = Comparison(plan, jobs)
     hint = f"what is finished is kept; continue with: {again}" if again else "what is finished is kept"
+    comparison.check_out()
+    disk.make_folder(comparison.out)
     try:
-        with _sigterm():
+        with _sigterm(), disk.lock(comparison.out / "lock", plan.out):
             comparison.open()
             clock("prepare")
             comparison.match_times()
@@ -106,7 +109,7 @@ class Comparison:
 
     def check_out(self) -> None:
         """Raise FileExistsError for a folder of something else."""
-        begun = {"cache", "split.json"}  # what a comparison has before its plan.yaml
+        begun = {"cache", "lock", "split.json"}  # what a comparison has before its plan.yaml
         if self.out.exists() and not (self.out / "plan.yaml").is_file() and {entry.name for entry in self.out.iterdir()} - begun:
             raise FileExistsError(f"out must be a new folder or that of a comparison (with plan.yaml), got {self.out}")
 

@@ -4,6 +4,7 @@ import copy
 import csv
 import itertools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pix2rep import compare, compare_dry, compare_jobs, compare_time, downstream, training
+from pix2rep import compare, compare_dry, compare_jobs, compare_time, disk, downstream, training
 from pix2rep.cli import app
 from pix2rep.compare_jobs import run_in_processes
 from pix2rep.data.phantom import write_phantoms
@@ -171,6 +172,12 @@ def test_changed_volumes_redo_and_new_patients_do_not_move_the_split(again, tmp_
     one, two = sorted((tmp_path / "data").rglob(f"{test}*_gt.nii.gz"))
     shutil.copyfile(one, two)
     assert {tuple(why) for why in to_do(plan(tmp_path, "again")).values()} == {("volumes",)}
+
+
+def test_a_folder_is_one_process_s(again, ran):
+    with disk.lock(again / "again/lock", "it"), pytest.raises(disk.InUse, match=f"again is being written by process {os.getpid()}"):
+        compare.run(plan(again, "again", seeds=[0, 1]))
+    assert not ran
 
 
 def test_a_stop_keeps_what_is_finished(base, tmp_path, monkeypatch, ran):
