@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import few_shot
 from benchmarks.growth import seconds
 from benchmarks.harness import ROOT
 from pix2rep_kernels.dispatch import OPS
@@ -171,7 +172,18 @@ def growth(folder: Path) -> str:
     return markdown(["series", "who", "sizes fitted", "time", "memory", "not started"], rows) + source(folder, ["infonce", "crosscorr"])
 
 
+def comparison(name: str) -> Callable[[Path], str]:
+    """Table of a `pix2rep compare` plan."""
+
+    def render_it(folder: Path) -> str:
+        path = folder / f"{name}.json"
+        return few_shot.table(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
+
+    return render_it
+
+
 TABLES: dict[str, Callable[[Path], str]] = {"infonce": infonce, "ops": ops, "growth": growth}
+TABLES |= {name: comparison(name) for name in ("acdc_small", "acdc_pixels", "acdc_full_gpu")}
 
 
 def render(text: str, results: Path = RESULTS) -> str:
