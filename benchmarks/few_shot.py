@@ -28,10 +28,10 @@ def table(content: dict) -> str:
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     parts = " / ".join(str(len(content["split"][part])) for part in ("pretrain", "val", "test"))
     steps = "; ".join(f"{name} {entry['steps']:,} steps of {entry['batch_size']}" for name, entry in content["methods"].items() if entry["pretrain"])
-    minutes = content["record"]["seconds"] / 60
+    minutes = sum(content["record"]["seconds_of_jobs"].values()) / 60  # a stopped session's are in there, its wall time is not
     return text + (
         f"\n3D Dice over classes, test patients and {len(content['plan']['seeds'])} seeds, [{content['interval']}]. Patients for pre-training / validation /"
-        f" test: {parts}; {steps}. `{content['command']}`, {minutes:.0f} minutes; {content['device']}; commit {content['commit'][:7]}.\n"
+        f" test: {parts}; {steps}. `{content['command']}`, {minutes:.0f} minutes of one-thread jobs; {content['device']}; commit {content['commit'][:7]}.\n"
     )
 
 
