@@ -187,12 +187,11 @@ def test_bim_leaves_out_what_came_from_outside():
 
 
 def test_bim_loss_falls(batch):
-    config = load(None, [*TINY, "pretrain.optimizer=radam", "pretrain.lr=1e-2", "bim.encoder_weight=0.1", "pretrain.steps=12"])
-    training = Training(config, CPU, source=None)
+    training = Training(load(None, [*TINY, "pretrain.lr=2e-2"]), CPU, source=None)
     for step in range(12):
         stats = training.step(step, repeat(batch), monitor=step == 11)
     training.collect(12)
-    assert np.mean(training.losses[-3:]) < np.mean(training.losses[:3]) - 0.2
+    assert np.mean(training.losses[-3:]) < np.mean(training.losses[:3]) - 0.1
     assert all(math.isfinite(value) for value in stats.values())
 
 
