@@ -93,8 +93,10 @@ def written_out(config, backbone, heads, encoder_head, view_1, view_2, theta, de
         boundary = sum(local_correlation(scaled(-(c * (c + 1e-16).log()).sum(-1)), edges, opt.window) for c in (a, b)) / 2
         total = total + (opt.information_weight * information - opt.boundary_weight * boundary) / len(heads)
     if opt.encoder_weight:
-        z = F.normalize(encoder_head(maps[-1].flatten(2).mean(2)), dim=1)
-        part = list((depths * opt.partitions).long()) * 2 if depths is not None else list(range(len(view_1))) * 2
+        pooled = maps[-1].flatten(2).mean(2)
+        kept = min(opt.encoder_images, len(view_1))
+        z = F.normalize(encoder_head(torch.cat([pooled[:kept], pooled[len(view_1) :][:kept]])), dim=1)
+        part = (list(range(kept)) if depths is None else [int(3 * depth) for depth in depths[:kept]]) * 2
         total = total + opt.encoder_weight * sum(of_anchor(z, part, i, opt.temperature) for i in range(len(z))) / len(z)
     return total
 
@@ -124,7 +126,7 @@ def local_correlation(i, j, window):
 @pytest.mark.parametrize(
     ("dims", "extra"),
     [
-        (2, ["bim.encoder_weight=0.7", "bim.encoder_images=5"]),
+        (2, ["bim.encoder_weight=0.7", "bim.encoder_images=4"]),
         (2, ["bim.head=mlp", "bim.alpha=0.2", "bim.lamda=1.3", "bim.boundary_weight=0.4", "bim.information_weight=2"]),
         (3, ["data.size=8,10,12", "network.dims=3", "bim.encoder_weight=1", "bim.window=3"]),
     ],
@@ -171,6 +173,41 @@ def test_bim_transforms_features_as_images():
     assert torch.equal(view_2, method.transform(view_1, theta)[0]) and not torch.equal(view_2, view_1)
     assert method.step(backbone, Batch(images), torch.Generator().manual_seed(0), monitor=True)[1]["agreement"] == 1
     assert set(view_2.unique().tolist()) <= {0.0, *view_1.unique().tolist()}  # nearest: no new values
+
+
+def test_bim_views_share_a_crop_and_differ_in_colour():
+    still = [*TINY, *"bim.rotation=0 bim.scale=1,1 bim.translation=0 bim.mirror=0 bim.gamma=1,1".split()]
+    images = torch.rand(4, 1, 16, 16)
+    view_1, view_2, _ = build_method(load(None, [*still, "bim.jitter=1,1"]), Small(2)).views(images, torch.Generator().manual_seed(0))
+    assert torch.equal(view_1, view_2) and not torch.equal(view_1, images)
+    view_1, view_2, _ = build_method(load(None, still), Small(2)).views(images, torch.Generator().manual_seed(0))
+    assert not any(torch.equal(a, b) for a, b in zip(view_1, view_2, strict=True))
+    assert min(view_1.min(), view_2.min()) >= 0 and max(view_1.max(), view_2.max()) <= 1
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_bim_transform_is_in_its_ranges(dims):
+    size = [f"network.dims={dims}", "data.size=" + ",".join(["8"] * dims)]
+    method = build_method(load(None, [*TINY, *size]), Small(dims))
+    theta = method.views(torch.rand(400, 1, *[8] * dims), torch.Generator().manual_seed(0))[2]
+    linear = theta[:, :, :dims]
+    zoom = torch.linalg.det(linear).abs() ** (-1 / dims)
+    assert 0.8 <= zoom.min() < 0.82 and 1.28 < zoom.max() <= 1.3
+    assert 0.09 < theta[:, :, dims].abs().max() <= 0.1
+    mirrored = (torch.linalg.det(linear) < 0).float().mean()  # of an odd number of axes: 2 x 0.9 x 0.1, or 0.9^3 + 3 x 0.9 x 0.1^2
+    assert mirrored == pytest.approx(0.18 if dims == 2 else 0.756, abs=0.07)
+    if dims == 2:
+        signs = linear.diagonal(dim1=1, dim2=2).sign()  # cosines up to 45 degrees are positive
+        assert (signs < 0).float().mean() == pytest.approx(0.9, abs=0.05)
+        angle = torch.atan2(linear[:, 1, 0] * signs[:, 0], linear[:, 0, 0].abs()).rad2deg()
+        assert 44 < angle.abs().max() <= 45 + 1e-3
+
+
+def test_cluster_heads():
+    layers = build_method(load(None, [*TINY, "bim.head=mlp", "bim.head_hidden=7"]), Small(2)).heads[0]
+    assert [type(layer) for layer in layers] == [nn.Conv2d, nn.LeakyReLU, nn.Conv2d] and layers[1].negative_slope == 0.01
+    assert layers[0].weight.shape == (7, 6, 1, 1) and layers[2].weight.shape == (5, 7, 1, 1)
+    assert [type(head) for head in build_method(load(None, TINY), Small(2)).heads] == [nn.Conv2d] * 2
 
 
 def test_bim_leaves_out_what_came_from_outside():
