@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from pix2rep.method_config import BimConfig, LrcConfig, PglConfig
 from pix2rep.typed import ConfigError, Loader, parsed, shown, typed
 
 
@@ -84,6 +85,8 @@ class NetworkConfig:
 
 @dataclass
 class LossConfig:
+    """`method` and `backend` are every method's; the rest is pix2rep's. The others have sections of their own."""
+
     method: str = "pix2rep"
     objective: Literal["infonce", "barlow"] = "infonce"
     temperature: float = 0.53  # of infonce
@@ -100,6 +103,7 @@ class PretrainConfig:
     steps: int = 10_000
     batch_size: int = 8
     accumulate: int = 1  # micro-batches of batch_size a step; negatives stay inside a micro-batch
+    optimizer: Literal["adamw", "radam", "sgd", "lars"] = "adamw"
     lr: float = 4.7e-4
     weight_decay: float = 0.0
     warmup: float = 0.0  # share of steps, linear from 0
@@ -108,7 +112,7 @@ class PretrainConfig:
     clip_grad: float | None = None  # largest L2 norm of the gradient; null: not clipped
     device: str = "auto"  # "auto": cuda where there is one | "cpu" | "cuda:1" …
     threads: int | None = None  # CPU threads; null: what PyTorch chooses
-    compile: bool = False  # torch.compile of backbone and head
+    compile: bool = False  # torch.compile of backbone and heads
     deterministic: bool = False  # bitwise repeatable on CUDA too, slower; the CPU always is, for one number of threads
     seed: int = 0
     log_every: int = 10  # steps; finiteness is checked then, and before each checkpoint
@@ -146,10 +150,14 @@ class Config:
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    bim: BimConfig = field(default_factory=BimConfig)
+    lrc: LrcConfig = field(default_factory=LrcConfig)
+    pgl: PglConfig = field(default_factory=PglConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
 
 
+METHOD_PARTS = ("bim", "lrc", "pgl")
 PRESETS = Path(__file__).with_name("configs")
 
 
@@ -231,6 +239,7 @@ def check(config: Config) -> None:
         (config.pretrain.lr > 0, "pretrain.lr", "above 0"),
         (config.pretrain.warmup <= 1, "pretrain.warmup", "a share of the steps, 0 to 1"),
         (config.pretrain.clip_grad is None or config.pretrain.clip_grad > 0, "pretrain.clip_grad", "above 0, or null"),
+        *((holds, f"{part}.{key}", expected) for part in METHOD_PARTS for holds, key, expected in getattr(config, part).checks()),
     ):
         if not holds:
             raise ConfigError(f"{key} must be {expected}, got {shown(value[key])}")

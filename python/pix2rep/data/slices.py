@@ -55,6 +55,12 @@ class SliceSource:
         """Patients that the items come from, sorted, each once."""
         return sorted({self.cases[self._case[int(i)]].patient for i in indices})
 
+    def depths(self, indices) -> torch.Tensor:
+        """float32 [B] in (0, 1): place of a slice's middle between its volume's first and last face; of a whole volume 0.5."""
+        indices = np.asarray(indices)
+        first, after = (self._start[self._case[indices] + k] for k in (0, 1))
+        return torch.from_numpy(((indices - first + 0.5) / (after - first)).astype(np.float32))
+
     def _item(self, index: int, what: str) -> np.ndarray:
         k = self._case[index]
         array = self._map(k, what)
