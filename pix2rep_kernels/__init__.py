@@ -16,6 +16,6 @@ from pix2rep_kernels.superpixels import felzenszwalb
 
 __version__ = "0.1.0"
 __all__ = [
-    "BoundaryInfoMaxLoss", "LocalRegionContrastLoss", "Pix2RepLoss", "PriorGuidedLocalLoss", "align", "box_grid", "crosscorr", "felzenszwalb", "infonce", "joint",
-    "lncc", "pool", "warp", "why_not",
+    "BoundaryInfoMaxLoss", "LocalRegionContrastLoss", "Pix2RepLoss", "PriorGuidedLocalLoss", "align", "box_grid", "crosscorr", "felzenszwalb", "infonce",
+    "joint", "lncc", "pool", "warp", "why_not",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "pix2rep": "Pix2Rep",
+    "lrc": "Lrc",
 }
 
 
