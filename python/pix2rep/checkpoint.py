@@ -155,3 +155,27 @@ def load_backbone(run: str | Path, device: "str | torch.device" = "cpu") -> "tup
     backbone = build_backbone(config.network).to(device)
     backbone.load_state_dict(weights)
     return backbone.eval(), config
+
+
+def load_weights(backbone: "torch.nn.Module", path: str | Path, option: str) -> None:
+    """Load a backbone's weights from a weights.safetensors, or from a saved downstream model, whose head is left out.
+
+    Raises FileNotFoundError, or ValueError naming `option` for a file that is no safetensors or has not exactly the backbone's tensors.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{option} must be a safetensors file, found no {path}")
+    try:
+        found = load_file(path)
+    except Exception as error:  # safetensors has an error of its own for each way in which a file is not one
+        raise ValueError(f"{option} must be a safetensors file, cannot read {path}: {error}") from error
+    wanted = backbone.state_dict()
+    if not found.keys() & wanted.keys():
+        found = {name.removeprefix("backbone."): value for name, value in found.items() if name.startswith("backbone.")}
+    other = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
+    other += [name for name in found if name not in wanted]
+    if other:
+        raise ValueError(f"{option} must hold the weights of this network, {len(wanted)} tensors, got others in {path}: {', '.join(other[:5])}")
+    backbone.load_state_dict(found)

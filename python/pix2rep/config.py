@@ -100,6 +100,7 @@ class LossConfig:
 
 @dataclass
 class PretrainConfig:
+    init: str | None = None  # backbone to begin with: a run's weights.safetensors or a probed or fine-tuned model's; null: random
     steps: int = 10_000
     batch_size: int = 8
     accumulate: int = 1  # micro-batches of batch_size a step; negatives stay inside a micro-batch

@@ -58,8 +58,43 @@ _RANGES = ("crop_scale", "jitter", "scale", "gamma")
 
 @dataclass
 class LrcConfig:
+    """Localized Region Contrast (arXiv 2304.03406). No code was found: all but Felzenszwalb's superpixels and the two losses is inferred."""
+
+    superpixel_scale: float = 100.0  # of images in [0, 1]; larger makes larger superpixels
+    superpixel_sigma: float = 0.8  # blur before, pixels
+    superpixel_min_size: int = 20  # pixels; smaller ones are merged with a neighbour
+    superpixel_spacing: bool = False  # 3D: the blur is as wide in mm along every axis; false: in voxels
+    background: float = 0.05  # superpixels with a lower mean intensity, of [0, 1], are dropped; 0: none
+    min_pixels: int = 10  # a region with fewer in either view is dropped
+    max_regions: int = 256  # an image; of more, the largest stay
+    warp: bool = True  # the key's view and superpixels go through a transform of `spatial`; false: views differ in intensities alone
+    num_samples: int | None = 50  # pixels drawn a region, in each view; null: every pixel
+    same_samples: bool = False  # the same draw in both views; needs warp=false
+    normalize_first: bool = False  # pixels to unit length before their mean
+    negatives: Literal["image", "batch"] = "image"
+    symmetric: bool = False  # contrast keys with queries too
+    keys: Literal["momentum", "online"] = "momentum"  # of regions: of the moving average, without gradient, or of the network itself, with it
+    temperature: float = 0.1  # of regions
+    local_weight: float = 1.0
+    global_weight: float = 1.0
+    global_temperature: float = 0.07  # MoCo's
+    global_hidden: int = 256  # MLP on the pooled bottleneck, as in MoCo v2
+    global_projection: int = 128  # MoCo's
+    queue: int = 4096  # keys of earlier batches, negatives of the global loss; MoCo's 65536 suits millions of slices
+    momentum: float = 0.999  # MoCo's, of the moving average, a step
+
     def checks(self) -> Checks:
-        return []
+        positive = ("superpixel_min_size", "min_pixels", "max_regions", "num_samples", "global_hidden", "global_projection", "queue")
+        weights = ("superpixel_scale", "superpixel_sigma", "background", "local_weight", "global_weight")
+        return [
+            *(((value := getattr(self, key)) is None or value >= 1, key, "at least 1") for key in positive),
+            *((getattr(self, key) >= 0, key, "at least 0") for key in weights),
+            *((getattr(self, key) >= 0.01, key, "at least 0.01") for key in ("temperature", "global_temperature")),
+            (self.max_regions < 2**22, "max_regions", "below 2^22"),
+            (self.local_weight + self.global_weight > 0, "local_weight", "above 0 where global_weight is 0"),
+            (not (self.same_samples and self.warp), "same_samples", "false with lrc.warp: warped pixels are others"),
+            (0 <= self.momentum <= 1, "momentum", "in [0, 1]"),
+        ]
 
 
 @dataclass

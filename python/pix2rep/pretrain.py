@@ -80,7 +80,7 @@ def _run(cases: list[Case], run_dir: Path, config: Config, device: torch.device,
             stack.enter_context(_claim(run_dir, config))
         log = stack.enter_context(contextlib.closing(RunLog(run_dir / "log.jsonl", start, run_dir / "tensorboard" if opt.tensorboard else None)))
         source = _slices(cases, config, run_dir, resume, log)
-        training = Training(config, device, source)
+        training = Training(config, device, source, fresh=state is None)
         if state:
             training.restore(state)
             save(config, run_dir / "config.yaml")

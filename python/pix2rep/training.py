@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pix2rep.checkpoint import load_weights
 from pix2rep.config import Config, PretrainConfig, to_dict
 from pix2rep.data.slices import SliceSource, StepSampler
+from pix2rep.data.superpixels import Superpixels
 from pix2rep.heap import Heap
 from pix2rep.methods import build_method
 from pix2rep.methods.base import Batch, Network
@@ -26,13 +28,18 @@ from pix2rep.optimizers import build_optimizer
 class Training:
     """Everything that a step touches."""
 
-    def __init__(self, config: Config, device: torch.device, source: SliceSource):
+    def __init__(self, config: Config, device: torch.device, source: SliceSource, fresh: bool = True):
+        """fresh: begin with the weights of pretrain.init, if any (a resumed run has its own, and `init` may be gone)."""
         opt = config.pretrain
         torch.manual_seed(opt.seed)  # the initial weights
         layout = channels_last(config.network.dims)
         self.config, self.device, self.source = config, device, source
         self.backbone = build_backbone(config.network)
+        if fresh and opt.init is not None:
+            load_weights(self.backbone, opt.init, "pretrain.init")
         self.method = build_method(config, self.backbone)
+        if source is not None and "regions" in self.method.needs:
+            self.source = source.with_superpixels(Superpixels(config.lrc, config.network.dims))
         for module in (self.backbone, self.method):
             module.to(device, memory_format=layout).train()
         self.parameters = [*self.backbone.parameters(), *(p for p in self.method.parameters() if p.requires_grad)]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 METHODS = {
     "pix2rep": "Pix2Rep",
     "bim": "BIM",
+    "lrc": "Lrc",
 }
 
 
