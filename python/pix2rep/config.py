@@ -21,9 +21,10 @@ from pix2rep.typed import ConfigError, Loader, parsed, shown, typed
 class DataConfig:
     root: str = ""  # folder of volumes: ACDC layout, imagesTr/labelsTr, or any folder of .nii / .nii.gz
     cache: str | None = None  # where prepared volumes lie; default: RUN/cache
-    size: tuple[int, ...] = (128, 128)  # in-plane crop or pad, pixels
-    spacing: tuple[float, ...] | None = None  # in-plane resampling, mm; None keeps the scanner's
+    size: tuple[int, ...] = (128, 128)  # in-plane crop or pad, pixels; 3D: D, H, W of the patches that are read
+    spacing: tuple[float, ...] | None = None  # resampling, mm along H, W, or Z, H, W; None keeps the scanner's
     percentiles: tuple[float, float] = (1.0, 99.0)  # intensities are clipped to these, then scaled to [0, 1], volume by volume
+    window: tuple[float, float] | None = None  # the same range for every volume instead, such as -1024,325 HU
     roi: Literal["centre", "gt"] = "centre"  # crop; "gt": box of the labels plus `roi_margin` (as the official code; leaks labels)
     roi_margin: int = 10  # pixels
     classes: tuple[str, ...] = ()  # names of labels 1..K; empty: read from dataset.json, else "1", "2", …
@@ -96,6 +97,36 @@ class LossConfig:
 
 
 @dataclass
+class PGLConfig:
+    """PGL (arXiv 2011.12640); 3D only. No code was published: "sourced" is the paper or a third party's reading of it, the rest is inferred."""
+
+    crop_scale: tuple[float, float] = (1.1, 1.4)  # sourced: side of a crop over that of data.size, U, before it is resized to that
+    depth: Literal["same", "free"] = "same"  # "same" (that reading): both crops show the same slices, unscaled; "free": z as y and x
+    min_overlap: float = 0.1  # sourced: least overlap of the two crops
+    overlap_of: Literal["iou", "smaller"] = "iou"  # what the share is of: the crops' union (that reading) or the smaller crop
+    flip: tuple[float, float, float] = (0.5, 0.5, 0.5)  # sourced: probability of a flip along z, y, x, each crop its own
+    noise_variance: float = 0.1  # sourced, U(0, v) at a standard deviation of 1; intensities here lie in [0, 1]: times `noise_unit` squared
+    noise_unit: float = 0.25  # standard deviation of intensities in [0, 1] that 1 stands for
+    noise_p: float = 0.1
+    blur_sigma: tuple[float, float] = (0.5, 1.0)  # sourced, voxels, U
+    blur_p: float = 0.2
+    contrast: tuple[float, float] = (0.75, 1.25)  # sourced: intensities times U, then clipped
+    contrast_p: float = 0.5
+    gamma: tuple[float, float] = (0.7, 1.5)  # sourced, U
+    gamma_p: float = 0.5
+    where: Literal["encoder", "decoder"] = "encoder"  # maps that shall agree: the encoder's last, or the decoder's full-resolution one
+    norm: Literal["channel", "flat", "none"] = "channel"  # of features: at each voxel, over the whole map of a sample, or plain squares
+    align: Literal["after", "before"] = "after"  # the heads (1x1x1 convolutions) or before them
+    mode: Literal["linear", "nearest"] = "linear"  # interpolation of maps, half-pixel centres
+    points: tuple[int, ...] | None = None  # common grid D, H, W; null: as large as a map
+    symmetric: bool = True  # add the loss with the views swapped
+    predictor: bool = True  # of the online branch; without one and with a target that follows slowly, features may collapse
+    global_weight: float = 0.0  # of BYOL's loss between mean features of the two crops, with heads of its own
+    momentum: float = 0.99  # of the target's weights, from here …
+    momentum_end: float = 1.0  # … to here, along half a cosine
+
+
+@dataclass
 class PretrainConfig:
     steps: int = 10_000
     batch_size: int = 8
@@ -134,6 +165,8 @@ class DownstreamConfig:
     augment_rotation: float = 45.0  # degrees, U(-r, r); flips as in `spatial`
     augment_scale: tuple[float, float] = (0.7, 1.0)  # crop scale, U
     augment_translation: float = 0.1  # share of half the image, U(-t, t) per axis
+    sliding_window: bool = True  # 3D: windows of data.size over whole volumes; false: their centre crop only
+    sliding_overlap: float = 0.5  # share of a window, 0 to under 1
     overlays: int = 6  # pictures a run
     bootstrap: int = 2000  # resamples of patients for the 95 % interval
 
@@ -146,6 +179,7 @@ class Config:
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    pgl: PGLConfig = field(default_factory=PGLConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
 
@@ -228,6 +262,7 @@ def check(config: Config) -> None:
         (len(config.data.size) == dims, "data.size", f"{dims} numbers (network.dims = {dims})"),
         (config.split.val + config.split.test < 1, "split.val", f"under 1 with split.test = {config.split.test:g}"),
         (config.loss.temperature > 0, "loss.temperature", "above 0"),
+        (0 <= config.downstream.sliding_overlap < 1, "downstream.sliding_overlap", "at least 0 and under 1"),
         (config.pretrain.lr > 0, "pretrain.lr", "above 0"),
         (config.pretrain.warmup <= 1, "pretrain.warmup", "a share of the steps, 0 to 1"),
         (config.pretrain.clip_grad is None or config.pretrain.clip_grad > 0, "pretrain.clip_grad", "above 0, or null"),

@@ -17,7 +17,8 @@ from pix2rep import disk, evaluate, finetune, log, metrics, overlay, probe, repo
 from pix2rep.checkpoint import load_backbone
 from pix2rep.config import Config
 from pix2rep.data.cache import PreparedCase
-from pix2rep.data.slices import SliceSource, StepSampler
+from pix2rep.data.patches import open_source
+from pix2rep.data.slices import StepSampler
 from pix2rep.data.splits import labelled_patients
 from pix2rep.networks import Segmenter, build_backbone
 from pix2rep.study import Study, open_study
@@ -95,7 +96,7 @@ def random_backbone(study: Study, seed: int):
     norms = [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return backbone
-    source = SliceSource(study.prepared, study.split["pretrain"], study.config.data.size)
+    source = open_source(study.prepared, study.split["pretrain"], study.config.data.size, seed)
     sampler = StepSampler(len(source), 16, seed)
     momenta = [m.momentum for m in norms]
     for m in norms:
@@ -104,7 +105,7 @@ def random_backbone(study: Study, seed: int):
     backbone.train()
     with torch.no_grad():
         for step in range(SETTLING_BATCHES):
-            backbone(source.batch(sampler.indices(step))[0].to(study.device))
+            backbone(source.batch(sampler.indices(step), step)[0].to(study.device))
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     return backbone.eval()
@@ -118,21 +119,34 @@ def validation_dice(prediction: np.ndarray, labels: np.ndarray, cases: list[Prep
     return metrics.nanmean([metrics.dice(p, t, classes) for p, t in pairs])
 
 
+def whole_volume_dice(model, study: Study, cases: list[PreparedCase]) -> float:
+    """Mean 3D Dice over volumes and classes on the prepared grid, by `evaluate.predict_prepared`."""
+    classes = len(study.classes)
+    return metrics.nanmean([metrics.dice(evaluate.predict_prepared(model, case, study), np.asarray(case.labels()), classes) for case in cases])
+
+
 def _probe(backbone, study: Study, labelled: list[PreparedCase], validation: list[PreparedCase], seed: int):
     """The best linear layer on frozen features: (Segmenter, {settings, "validation_dice"})."""
     classes = len(study.classes)
     images, labels = study.stack(labelled)
     rows, targets = probe.labelled_pixels(backbone, images, labels, torch.Generator().manual_seed(seed))
     settings, weight, bias = probe.fit(rows, targets, classes, study.config.downstream, seed)
-    images, labels = study.stack(validation)
-    predictions, truth = probe.predict_all(backbone, images, weight, bias), labels.cpu().numpy()
-    scores = [validation_dice(p, truth, validation, classes) for p in predictions]
-    best = int(np.nanargmax(np.nan_to_num(scores, nan=-1.0)))
     model = Segmenter(copy.deepcopy(backbone), classes + 1, study.config.network.dims).to(study.device)
-    with torch.no_grad():
-        model.head.weight.copy_(weight[best].view_as(model.head.weight))
-        model.head.bias.copy_(bias[best])
-    return model, {**settings[best], "validation_dice": scores[best]}
+
+    def take(setting: int) -> Segmenter:
+        with torch.no_grad():
+            model.head.weight.copy_(weight[setting].view_as(model.head.weight))
+            model.head.bias.copy_(bias[setting])
+        return model
+
+    if study.slides:
+        scores = [whole_volume_dice(take(k), study, validation) for k in range(len(settings))]
+    else:
+        images, labels = study.stack(validation)
+        predictions, truth = probe.predict_all(backbone, images, weight, bias), labels.cpu().numpy()
+        scores = [validation_dice(p, truth, validation, classes) for p in predictions]
+    best = int(np.nanargmax(np.nan_to_num(scores, nan=-1.0)))
+    return take(best), {**settings[best], "validation_dice": scores[best]}
 
 
 def _finetune(backbone, study: Study, labelled: list[PreparedCase], validation: list[PreparedCase], seed: int):
@@ -140,16 +154,23 @@ def _finetune(backbone, study: Study, labelled: list[PreparedCase], validation: 
     diverged.
     """
     images, labels = study.stack(labelled)
-    seen, truth = study.stack(validation)
-    truth = truth.cpu().numpy()
+    spacing = np.median([case.spacing for case in labelled], axis=0)[-images.ndim + 2 :]
+    if study.slides:
 
-    def validate(model):
-        return validation_dice(finetune.predict(model, seen), truth, validation, len(study.classes))
+        def validate(model):
+            return whole_volume_dice(model, study, validation)
+
+    else:
+        seen, truth = study.stack(validation)
+        truth = truth.cpu().numpy()
+
+        def validate(model):
+            return validation_dice(finetune.predict(model, seen), truth, validation, len(study.classes))
 
     best = None
     for lr in study.config.downstream.finetune_lr:
         model = finetune.build(backbone, len(study.classes), study.config.network.dims, seed).to(study.device)
-        score, step = finetune.fit(model, images, labels, lr, study.config, seed, validate)
+        score, step = finetune.fit(model, images, labels, lr, study.config, seed, validate, tuple(spacing) if images.ndim == 5 else None)
         if math.isnan(score):
             log.say(f"downstream.finetune_lr {lr:g}: the loss is not finite, setting dropped")
         elif best is None or score > best[1]["validation_dice"]:

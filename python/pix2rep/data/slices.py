@@ -36,8 +36,11 @@ class SliceSource:
     def __len__(self) -> int:
         return len(self._case)
 
-    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images [B, 1, *size] float32 in [0, 1] and labels [B, *size] int64 (None for an unlabelled source), cropped or zero padded."""
+    def batch(self, indices, step: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Images [B, 1, *size] float32 in [0, 1] and labels [B, *size] int64 (None for an unlabelled source), cropped or zero padded.
+
+        step: read by `PatchSource` alone.
+        """
         images = torch.from_numpy(np.stack([self._item(int(i), "image") for i in indices])).float().unsqueeze(1)
         if not self.labelled:
             return images, None
