@@ -18,9 +18,13 @@ from pix2rep.disk import atomic
 if TYPE_CHECKING:  # torch is imported where it is used: config.save comes through here
     import torch
 
-FORMAT = 1
+FORMAT = 2  # 1 had Pix2Rep's "head" in place of "method"
 
 log = logging.getLogger(__name__)
+
+
+class OtherFormat(ValueError):
+    """A checkpoint that another version of this package wrote."""
 
 
 def save(run: str | Path, state: dict[str, Any], keep: int) -> Path:
@@ -65,7 +69,7 @@ def last(run: str | Path) -> Path | None:
 def newest(run: str | Path) -> tuple[Path, dict[str, Any]] | None:
     """Path and state of last.pt or, where it is missing or damaged, of the newest step_*.pt that loads; None before the first one.
 
-    A damaged file is said in a warning. Raises ValueError when all are damaged.
+    A damaged file is said in a warning. Raises ValueError when all are damaged, OtherFormat for one that is whole but of another version.
     """
     first = last(run)
     if first is None:
@@ -74,6 +78,8 @@ def newest(run: str | Path) -> tuple[Path, dict[str, Any]] | None:
     for path in same:
         try:
             state = load(path)
+        except OtherFormat:
+            raise
         except ValueError as error:
             log.warning("%s", error)
             failed = error
@@ -85,7 +91,7 @@ def newest(run: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load(path: str | Path, device: "str | torch.device" = "cpu") -> dict[str, Any]:
-    """What `save` wrote. Raises ValueError when the file is damaged or of another format."""
+    """What `save` wrote. Raises ValueError when the file is damaged, OtherFormat when another version wrote it."""
     import torch
 
     try:
@@ -95,9 +101,13 @@ def load(path: str | Path, device: "str | torch.device" = "cpu") -> dict[str, An
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # zip, pickle and OS errors alike mean that this file cannot be resumed from
         raise ValueError(f"checkpoint must be a file written by pix2rep pretrain, cannot read {path}: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"checkpoint must have format {FORMAT}, got {found} in {path}")
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"checkpoint must be a file written by pix2rep pretrain, got a {type(state).__name__} without a format in {path}")
+    if state["format"] != FORMAT:
+        raise OtherFormat(
+            f"checkpoint must have format {FORMAT} to be resumed, got {state['format']} in {path}: another version of pix2rep wrote it"
+            " (a weights.safetensors of any version can be used)"
+        )
     return state
 
 

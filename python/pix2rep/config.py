@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from pix2rep.method_config import BimConfig, LrcConfig, PglConfig
 from pix2rep.typed import ConfigError, Loader, parsed, shown, typed
 
 
@@ -85,6 +86,8 @@ class NetworkConfig:
 
 @dataclass
 class LossConfig:
+    """`method` and `backend` are every method's; the rest is pix2rep's. The others have sections of their own."""
+
     method: str = "pix2rep"
     objective: Literal["infonce", "barlow"] = "infonce"
     temperature: float = 0.53  # of infonce
@@ -97,40 +100,11 @@ class LossConfig:
 
 
 @dataclass
-class PGLConfig:
-    """PGL (arXiv 2011.12640); 3D only. No code was published: "sourced" is the paper or a third party's reading of it, the rest is inferred."""
-
-    crop_scale: tuple[float, float] = (1.1, 1.4)  # sourced: side of a crop over that of data.size, U, before it is resized to that
-    depth: Literal["same", "free"] = "same"  # "same" (that reading): both crops show the same slices, unscaled; "free": z as y and x
-    min_overlap: float = 0.1  # sourced: least overlap of the two crops
-    overlap_of: Literal["iou", "smaller"] = "iou"  # what the share is of: the crops' union (that reading) or the smaller crop
-    flip: tuple[float, float, float] = (0.5, 0.5, 0.5)  # sourced: probability of a flip along z, y, x, each crop its own
-    noise_variance: float = 0.1  # sourced, U(0, v) at a standard deviation of 1; intensities here lie in [0, 1]: times `noise_unit` squared
-    noise_unit: float = 0.25  # standard deviation of intensities in [0, 1] that 1 stands for
-    noise_p: float = 0.1
-    blur_sigma: tuple[float, float] = (0.5, 1.0)  # sourced, voxels, U
-    blur_p: float = 0.2
-    contrast: tuple[float, float] = (0.75, 1.25)  # sourced: intensities times U, then clipped
-    contrast_p: float = 0.5
-    gamma: tuple[float, float] = (0.7, 1.5)  # sourced, U
-    gamma_p: float = 0.5
-    where: Literal["encoder", "decoder"] = "encoder"  # maps that shall agree: the encoder's last, or the decoder's full-resolution one
-    norm: Literal["channel", "flat", "none"] = "channel"  # of features: at each voxel, over the whole map of a sample, or plain squares
-    align: Literal["after", "before"] = "after"  # the heads (1x1x1 convolutions) or before them
-    mode: Literal["linear", "nearest"] = "linear"  # interpolation of maps, half-pixel centres
-    points: tuple[int, ...] | None = None  # common grid D, H, W; null: as large as a map
-    symmetric: bool = True  # add the loss with the views swapped
-    predictor: bool = True  # of the online branch; without one and with a target that follows slowly, features may collapse
-    global_weight: float = 0.0  # of BYOL's loss between mean features of the two crops, with heads of its own
-    momentum: float = 0.99  # of the target's weights, from here …
-    momentum_end: float = 1.0  # … to here, along half a cosine
-
-
-@dataclass
 class PretrainConfig:
     steps: int = 10_000
     batch_size: int = 8
     accumulate: int = 1  # micro-batches of batch_size a step; negatives stay inside a micro-batch
+    optimizer: Literal["adamw", "radam", "sgd", "lars"] = "adamw"
     lr: float = 4.7e-4
     weight_decay: float = 0.0
     warmup: float = 0.0  # share of steps, linear from 0
@@ -139,7 +113,7 @@ class PretrainConfig:
     clip_grad: float | None = None  # largest L2 norm of the gradient; null: not clipped
     device: str = "auto"  # "auto": cuda where there is one | "cpu" | "cuda:1" …
     threads: int | None = None  # CPU threads; null: what PyTorch chooses
-    compile: bool = False  # torch.compile of backbone and head
+    compile: bool = False  # torch.compile of backbone and heads
     deterministic: bool = False  # bitwise repeatable on CUDA too, slower; the CPU always is, for one number of threads
     seed: int = 0
     log_every: int = 10  # steps; finiteness is checked then, and before each checkpoint
@@ -179,11 +153,14 @@ class Config:
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    pgl: PGLConfig = field(default_factory=PGLConfig)
+    bim: BimConfig = field(default_factory=BimConfig)
+    lrc: LrcConfig = field(default_factory=LrcConfig)
+    pgl: PglConfig = field(default_factory=PglConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
 
 
+METHOD_PARTS = ("bim", "lrc", "pgl")
 PRESETS = Path(__file__).with_name("configs")
 
 
@@ -266,6 +243,7 @@ def check(config: Config) -> None:
         (config.pretrain.lr > 0, "pretrain.lr", "above 0"),
         (config.pretrain.warmup <= 1, "pretrain.warmup", "a share of the steps, 0 to 1"),
         (config.pretrain.clip_grad is None or config.pretrain.clip_grad > 0, "pretrain.clip_grad", "above 0, or null"),
+        *((holds, f"{part}.{key}", expected) for part in METHOD_PARTS for holds, key, expected in getattr(config, part).checks()),
     ):
         if not holds:
             raise ConfigError(f"{key} must be {expected}, got {shown(value[key])}")

@@ -23,7 +23,8 @@ from pix2rep.data.splits import labelled_patients
 from pix2rep.networks import Segmenter, build_backbone
 from pix2rep.study import Study, open_study
 
-SETTLING_BATCHES = 32  # batches of 16 images that estimate the random arm's BatchNorm statistics
+SETTLING_BATCHES = 32  # batches that estimate BatchNorm statistics
+SETTLING_IMAGES = {2: 16, 3: 2}  # in each, by dimensions
 OWN = ("results.*", "models/*.safetensors", "overlays/*.png")  # what a run writes into RUN/<what>
 
 
@@ -82,7 +83,7 @@ def one_model(backbone, study: Study, entry: dict, validation: list[PreparedCase
     every setting diverged.
     """
     train = _probe if entry["what"] == "probe" else _finetune
-    model, choice = train(backbone, study, study.labelled(entry["patients"]), validation, entry["seed"])
+    model, choice = train(settled(backbone, study, entry["seed"]), study, study.labelled(entry["patients"]), validation, entry["seed"])
     entry = entry | choice
     predictions = {case.id: evaluate.predict_case(model, case, study) for case in test}
     return model, entry, predictions, [row for case in test for row in evaluate.score_case(predictions[case.id], case, study, entry)]
@@ -93,19 +94,29 @@ def random_backbone(study: Study, seed: int):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone = build_backbone(study.config.network).to(study.device)
-    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    return settled(backbone, study, seed)
+
+
+@torch.no_grad()
+def settled(backbone, study: Study, seed: int):
+    """The backbone in eval mode, with statistics for the BatchNorm layers that saw no batch, estimated on unlabelled pre-training images.
+
+    A method that trains the encoder alone leaves such layers in the decoder.
+    """
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and not m.num_batches_tracked]
     if not norms:
-        return backbone
-    source = open_source(study.prepared, study.split["pretrain"], study.config.data.size, seed)
-    sampler = StepSampler(len(source), 16, seed)
+        return backbone.eval()
+    source = open_source(study.prepared, study.split["pretrain"], study.config)
+    sampler = StepSampler(len(source), SETTLING_IMAGES[len(source.size)], seed)
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
         m.momentum = None  # plain average over the batches
-    backbone.train()
-    with torch.no_grad():
-        for step in range(SETTLING_BATCHES):
-            backbone(source.batch(sampler.indices(step), step)[0].to(study.device))
+    backbone.eval()
+    for m in norms:
+        m.train()
+    for step in range(SETTLING_BATCHES):
+        backbone(source.at(step).batch(sampler.indices(step))[0].to(study.device))
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     return backbone.eval()

@@ -3,83 +3,89 @@
 A volume shorter than the patch along an axis counts as padded by zeros at both ends (`crop_or_pad`'s way): there is one position then.
 """
 
-from dataclasses import dataclass
+import copy
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pix2rep.config import PGLConfig
+from pix2rep.config import Config
 from pix2rep.data.cache import Prepared
 from pix2rep.data.slices import SliceSource
+from pix2rep.method_config import PglConfig
 
 CANDIDATES = 64  # pairs of positions drawn until one overlaps enough
-
-
-@dataclass
-class Crops:
-    """Two crops of each volume of a batch at one size, and the region that both see."""
-
-    images: torch.Tensor  # [2, B, 1, *size] float32 in [0, 1]
-    low: torch.Tensor  # [2, B, 3] float32: the region's edges in voxels of each crop as it is in `images` (0 and size: its outermost edges)
-    high: torch.Tensor  # likewise
-
-    def pin_memory(self) -> "Crops":
-        return Crops(*(t.pin_memory() for t in (self.images, self.low, self.high)))
-
-    def to(self, device, non_blocking: bool = False) -> "Crops":
-        return Crops(*(t.to(device, non_blocking=non_blocking) for t in (self.images, self.low, self.high)))
 
 
 class PatchSource(SliceSource):
     """Random patches of some patients' volumes: an item is a volume, where its patch lies a function of (seed, step, place in the batch).
 
-    size: (D, H, W). Otherwise as `SliceSource`.
+    size: (D, H, W); crops: how the two crops of PGL are drawn. Otherwise as `SliceSource`.
     """
 
-    def __init__(self, prepared: Prepared, patients, size: tuple[int, int, int], seed: int = 0, labelled: bool = False):
+    def __init__(
+        self, prepared: Prepared, patients, size: tuple[int, int, int], seed: int = 0, labelled: bool = False, crops: PglConfig | None = None
+    ):
         if len(size) != 3:
             raise ValueError(f"data.size must be three numbers of voxels for patches, got {tuple(size)}")
         super().__init__(prepared, patients, size, labelled)
-        self.seed = seed
+        self.seed, self.step, self.geometry = seed, 0, crops or PglConfig()
 
-    def batch(self, indices, step: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images [B, 1, *size] float32 in [0, 1] and labels [B, *size] int64 (None for an unlabelled source) of the patches of a step."""
-        lows = self.positions(indices, step)
-        images = torch.from_numpy(self._read(indices, lows, "image")).float().unsqueeze(1)
-        return images, torch.from_numpy(self._read(indices, lows, "labels")).long() if self.labelled else None
+    def at(self, step: int) -> "PatchSource":
+        """The source as a (micro-)step reads it: patches lie elsewhere at every step."""
+        moved = copy.copy(self)  # the open files are shared
+        moved.step = step
+        return moved
 
-    def positions(self, indices, step: int) -> np.ndarray:
-        """First voxel of each patch of a step, [B, 3] int64; negative where the volume is padded."""
+    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Images [B, 1, *size] float32 in [0, 1] and labels [B, *size] int64 (None for an unlabelled source)."""
+        images = torch.from_numpy(self._read(indices, "image")).float().unsqueeze(1)
+        return images, torch.from_numpy(self._read(indices, "labels")).long() if self.labelled else None
+
+    def positions(self, indices) -> np.ndarray:
+        """First voxel of each patch, [B, 3] int64; negative where the volume is padded."""
         shapes = np.array([self.cases[int(i)].shape for i in indices])
-        return _place(_uniform(self.seed, step, (len(shapes), 3)), shapes, np.array(self.size))
+        return _place(self._uniform((len(shapes), 3)), shapes, np.array(self.size))
 
-    def crops(self, indices, step: int, config: PGLConfig) -> Crops:
-        """Two overlapping crops of each volume, resized linearly to `size` (PGL's crop & scale); both come from one slab read."""
-        draws = _uniform(self.seed, step, (len(indices), 2 + 2 * CANDIDATES, 3))
-        images, edges = [], []
-        for index, draw in zip(indices, draws, strict=True):
-            low, sides = crop_boxes(self.cases[int(index)].shape, self.size, draw, config)
+    def crops(self, indices) -> torch.Tensor:
+        """Two overlapping crops of each volume, resized linearly to `size`, from one slab read: float32 [2, B, 1, *size]."""
+        images = []
+        for index, low, sides in self._crop_boxes(indices):
             start, stop = low.min(0), (low + sides).max(0)
             slab = read_patch(self._map(int(index), "image"), start, tuple(stop - start))
-            parts = [slab[tuple(slice(a, a + n) for a, n in zip(first - start, side, strict=True))] for first, side in zip(low, sides, strict=True)]
-            images.append(torch.stack([_resized(part, self.size) for part in parts]))
-            common = low.max(0), (low + sides).min(0)
-            edges.append([(edge - low) * (np.array(self.size) / sides) for edge in common])  # [2 edges, 2 crops, 3]
-        edges = torch.from_numpy(np.array(edges, np.float32)).permute(1, 2, 0, 3)  # [low and high, 2, B, 3]
-        return Crops(torch.stack(images, 1), *edges.contiguous())
+            inner = (tuple(slice(a, a + n) for a, n in zip(corner - start, side, strict=True)) for corner, side in zip(low, sides, strict=True))
+            images.append(torch.stack([_resized(slab[where], self.size) for where in inner]))
+        return torch.stack(images, 1)
 
-    def spacing(self, indices) -> torch.Tensor:
-        """Voxel sizes of the items' volumes, mm along D, H, W: float32 [B, 3]."""
-        return torch.tensor([self.cases[int(i)].spacing for i in indices], dtype=torch.float32)
+    def boxes(self, indices) -> torch.Tensor:
+        """What both crops of `crops` see: lower and upper edges in voxels of each crop (0 and size: its faces), float32 [2, 2, B, 3]."""
+        edges = []
+        for _, low, sides in self._crop_boxes(indices):
+            common = np.stack([low.max(0), (low + sides).min(0)])  # [2, 3]
+            edges.append((common[:, None] - low) * (np.array(self.size) / sides))
+        return torch.from_numpy(np.stack(edges, 2).astype(np.float32))
 
-    def _read(self, indices, lows: np.ndarray, what: str) -> np.ndarray:
-        return np.stack([read_patch(self._map(int(i), what), low, self.size) for i, low in zip(indices, lows, strict=True)])
+    def _crop_boxes(self, indices):
+        """(index, first voxels [2, 3], sides [2, 3]) of each item's two crops."""
+        draws = self._uniform((len(indices), 2 + 2 * CANDIDATES, 3))
+        for index, draw in zip(indices, draws, strict=True):
+            yield index, *crop_boxes(self.cases[int(index)].shape, self.size, draw, self.geometry)
+
+    def _read(self, indices, what: str) -> np.ndarray:
+        return np.stack([read_patch(self._map(int(i), what), low, self.size) for i, low in zip(indices, self.positions(indices), strict=True)])
+
+    def _uniform(self, shape: tuple[int, ...]) -> np.ndarray:
+        """float64 in [0, 1), the same in every NumPy release. The counter keeps the stream apart from StepSampler's."""
+        words = np.random.Philox(counter=[0, 0, 0, 1], key=[self.seed, self.step]).random_raw(int(np.prod(shape)))
+        return (words >> np.uint64(11)).reshape(shape) * 2.0**-53
 
 
-def open_source(prepared: Prepared, patients, size: tuple[int, ...], seed: int) -> SliceSource:
+def open_source(prepared: Prepared, patients, config: Config) -> SliceSource:
     """Unlabelled images at data.size: slices for two entries, random patches for three."""
-    return PatchSource(prepared, patients, size, seed) if len(size) == 3 else SliceSource(prepared, patients, size)
+    size = config.data.size
+    if len(size) == 2:
+        return SliceSource(prepared, patients, size)
+    return PatchSource(prepared, patients, size, config.pretrain.seed, crops=config.pgl)
 
 
 def read_patch(array, low, size: tuple[int, ...]) -> np.ndarray:
@@ -103,7 +109,7 @@ def tiles(shape: tuple[int, ...], size: tuple[int, ...], overlap: float = 0.0) -
     return [tuple(int(part.start) - b for part, b in zip(found, before, strict=True)) for found in dense_patch_slices(padded, size, step)]
 
 
-def crop_boxes(shape, size, draw: np.ndarray, config: PGLConfig) -> tuple[np.ndarray, np.ndarray]:
+def crop_boxes(shape, size, draw: np.ndarray, config: PglConfig) -> tuple[np.ndarray, np.ndarray]:
     """First voxel and sides of two crops, int64 [2, 3] each, from uniform draws [2 + 2 CANDIDATES, 3].
 
     A side is the final one times U(crop_scale), or the whole (padded) volume where that is shorter. Positions are uniform among those that
@@ -117,7 +123,7 @@ def crop_boxes(shape, size, draw: np.ndarray, config: PGLConfig) -> tuple[np.nda
     sides[:, first:] = np.minimum(np.rint(size * factor).astype(np.int64), np.maximum(shape, size))[:, first:]
     lows = _place(draw[2:].reshape(-1, 2, 3), shape, sides)  # [CANDIDATES, 2, 3]
     lows[:, 1, :first] = lows[:, 0, :first]
-    good = np.flatnonzero(overlap(lows, sides, config.overlap_of) >= config.min_overlap)
+    good = np.flatnonzero(_overlap(lows, sides, config.overlap_of) >= config.min_overlap)
     if len(good):
         return lows[good[0]], sides
     low = lows[0]
@@ -126,25 +132,17 @@ def crop_boxes(shape, size, draw: np.ndarray, config: PGLConfig) -> tuple[np.nda
     return low, sides
 
 
-def overlap(lows: np.ndarray, sides: np.ndarray, of: str) -> np.ndarray:
-    """Share of the voxels that two boxes (first voxels [..., 2, 3], sides [2, 3]) have in common: "iou": of their union, "smaller": of the
-    smaller box.
-    """
+def _overlap(lows: np.ndarray, sides: np.ndarray, of: str) -> np.ndarray:
+    """Share of the voxels that two boxes (first voxels [..., 2, 3], sides [2, 3]) have in common, of their "union" or of the "smaller" box."""
     common = np.clip((lows + sides).min(-2) - lows.max(-2), 0, None).prod(-1)
     volumes = sides.prod(-1)
-    return common / (volumes.sum() - common if of == "iou" else volumes.min())
+    return common / (volumes.sum() - common if of == "union" else volumes.min())
 
 
 def _place(draw: np.ndarray, shape: np.ndarray, sides: np.ndarray) -> np.ndarray:
     """First voxels from uniform draws: anywhere inside, or half the missing voxels before the start where the volume is shorter."""
     room = shape - sides
     return np.where(room > 0, np.floor(draw * (np.maximum(room, 0) + 1)), -(np.maximum(-room, 0) // 2)).astype(np.int64)
-
-
-def _uniform(seed: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
-    """float64 in [0, 1), the same in every NumPy release. The counter keeps the stream apart from StepSampler's."""
-    words = np.random.Philox(counter=[0, 0, 0, 1], key=[seed, step]).random_raw(int(np.prod(shape)))
-    return (words >> np.uint64(11)).reshape(shape) * 2.0**-53
 
 
 def _resized(part: np.ndarray, size) -> torch.Tensor:

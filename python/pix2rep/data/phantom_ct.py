@@ -7,7 +7,6 @@ share voxels; noise on top. Axes as in RAS+: x to the patient's right, y to the 
 import json
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from pix2rep.checkpoint import atomic

@@ -36,11 +36,12 @@ class SliceSource:
     def __len__(self) -> int:
         return len(self._case)
 
-    def batch(self, indices, step: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images [B, 1, *size] float32 in [0, 1] and labels [B, *size] int64 (None for an unlabelled source), cropped or zero padded.
+    def at(self, step: int) -> "SliceSource":
+        """The source as a (micro-)step reads it: itself, its items are the same at every step."""
+        return self
 
-        step: read by `PatchSource` alone.
-        """
+    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Images [B, 1, *size] float32 in [0, 1] and labels [B, *size] int64 (None for an unlabelled source), cropped or zero padded."""
         images = torch.from_numpy(np.stack([self._item(int(i), "image") for i in indices])).float().unsqueeze(1)
         if not self.labelled:
             return images, None
@@ -57,6 +58,16 @@ class SliceSource:
     def patients_of(self, indices) -> list[str]:
         """Patients that the items come from, sorted, each once."""
         return sorted({self.cases[self._case[int(i)]].patient for i in indices})
+
+    def spacing(self, indices) -> torch.Tensor:
+        """Voxel sizes, mm along the axes of `size`: float32 [B, len(size)]."""
+        return torch.tensor([self.cases[self._case[int(i)]].spacing[-len(self.size) :] for i in indices], dtype=torch.float32)
+
+    def depths(self, indices) -> torch.Tensor:
+        """float32 [B] in (0, 1): place of a slice's middle between its volume's first and last face; of a whole volume 0.5."""
+        indices = np.asarray(indices)
+        first, after = (self._start[self._case[indices] + k] for k in (0, 1))
+        return torch.from_numpy(((indices - first + 0.5) / (after - first)).astype(np.float32))
 
     def _item(self, index: int, what: str) -> np.ndarray:
         k = self._case[index]

@@ -1,0 +1,96 @@
+"""Options of one method each; `config.LossConfig` holds what methods share. Where a paper's code or text gives a value, the comment says so."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Checks = list[tuple[bool, str, str]]  # (holds, key, expectation)
+
+
+@dataclass
+class BimConfig:
+    """Boundary-aware information maximisation (arXiv 2202.02371). "Official": read from its code."""
+
+    heads: int = 3  # official; their losses are averaged
+    clusters: int = 40  # official, a head; its scripts try 20, 40, 60
+    head: Literal["linear", "mlp"] = "linear"  # official: linear; "mlp": 1x1 conv to head_hidden, LeakyReLU, 1x1 conv
+    head_hidden: int = 64  # official
+    alpha: float = 0.5  # official, where it has one value: 0 mutual information, 1 balanced and consistent clusters
+    lamda: float = 1.0  # official: weight of the marginals' entropies
+    information_weight: float = 1.0  # official
+    boundary_weight: float = 1.0  # official, where it has one value; its scripts try 0 to 2
+    window: int = 5  # official, pixels
+    power: float = 0.75  # of the edges; official for ACDC and MMWHS, 0.5 for prostate and spleen
+    mirror: float = 0.9  # official: probability of a mirrored axis, for each axis
+    gamma: tuple[float, float] = (0.5, 2.0)  # official: of the transformed view's intensities, U
+    jitter: tuple[float, float] = (0.5, 1.5)  # official for ACDC: brightness and contrast of both views, U each
+    encoder_weight: float = 0.0  # of InfoNCE at the bottleneck: official in one script (1); unknown whether the paper's tables have it
+    encoder_hidden: int = 256  # official: MLP 256-256
+    encoder_projection: int = 256
+    temperature: float = 0.07  # official, of that InfoNCE
+    partitions: int = 3  # official for ACDC: slices of the same third of a volume are each other's positives
+    encoder_rows: int = 50  # official: the most that are contrasted, both views counted
+
+    def checks(self) -> Checks:
+        return [
+            *((getattr(self, key) >= 1, key, "at least 1") for key in ("heads", "head_hidden", "window", "encoder_hidden", "encoder_projection", "partitions")),
+            *((getattr(self, key) >= 0, key, "at least 0") for key in ("lamda", "information_weight", "boundary_weight", "encoder_weight")),
+            (self.clusters >= 2, "clusters", "at least 2"),
+            (self.encoder_rows >= 4, "encoder_rows", "at least 4"),
+            (0 <= self.alpha <= 1, "alpha", "in [0, 1]"),
+            (self.window % 2 == 1, "window", "odd"),
+            (self.power > 0, "power", "above 0"),
+            (0 <= self.mirror <= 1, "mirror", "a probability"),
+            (0 < self.gamma[0] <= self.gamma[1], "gamma", "SMALLEST,LARGEST with 0 < SMALLEST <= LARGEST"),
+            (0 <= self.jitter[0] <= self.jitter[1], "jitter", "SMALLEST,LARGEST with 0 <= SMALLEST <= LARGEST"),
+            (self.temperature >= 0.01, "temperature", "at least 0.01"),
+        ]
+
+
+@dataclass
+class LrcConfig:
+    def checks(self) -> Checks:
+        return []
+
+
+@dataclass
+class PglConfig:
+    """PGL (arXiv 2011.12640), 3D only. No code was published: "read": by a third party in the paper; what bears no such mark is inferred."""
+
+    crop_scale: tuple[float, float] = (1.1, 1.4)  # read: a crop's side over data.size, U for each axis; it is then resized to data.size
+    depth: Literal["same", "free"] = "same"  # read: "same": both crops show the same slices, unscaled; "free": z is treated as y and x are
+    min_overlap: float = 0.1  # read
+    overlap_of: Literal["union", "smaller"] = "union"  # read: the share is of the two boxes' union; or of the smaller box
+    flip: tuple[float, float, float] = (0.5, 0.5, 0.5)  # read: probabilities along z, y, x, drawn for each crop
+    noise_variance: float = 0.1  # read: U(0, v) where intensities have a standard deviation of 1
+    noise_unit: float = 0.25  # what that standard deviation is taken to be of intensities in [0, 1]
+    noise_p: float = 0.1  # read
+    blur_sigma: tuple[float, float] = (0.5, 1.0)  # read: voxels, U
+    blur_p: float = 0.2  # read
+    contrast: tuple[float, float] = (0.75, 1.25)  # read: intensities times U, then clipped
+    contrast_p: float = 0.5  # read
+    gamma: tuple[float, float] = (0.7, 1.5)  # read: U
+    gamma_p: float = 0.5  # read
+    where: Literal["encoder", "decoder"] = "encoder"  # maps that shall agree: the encoder's last one, or the decoder's full-resolution one
+    head_hidden: int = 4096  # read: 1x1x1 conv, batch norm, ReLU, 1x1x1 conv; projector and predictor alike
+    projection: int = 256  # read
+    predictor: bool = True  # false: the projection itself is compared, and little keeps features from collapsing
+    norm: Literal["channel", "flat", "none"] = "channel"  # of each voxel's features; read: "flat", of the whole map; "none": mean squares
+    align: Literal["after", "before"] = "after"  # maps are interpolated after the heads, or before them
+    mode: Literal["linear", "nearest"] = "linear"  # that interpolation; half-pixel centres
+    points: tuple[int, ...] | None = None  # D, H, W of the grid on the common region; null: a map's own size
+    symmetric: bool = True  # read: the loss with the two views swapped is added
+    global_weight: float = 0.0  # of BYOL's loss between the mean features of two crops, with heads of its own; 0: none
+    momentum: float = 0.99  # of the target, from here ...
+    momentum_end: float = 1.0  # ... to here along half a cosine
+
+    def checks(self) -> Checks:
+        ranges = {key: getattr(self, key) for key in ("crop_scale", "blur_sigma", "contrast", "gamma")}
+        return [
+            *((0 < low <= high, key, "SMALLEST,LARGEST with 0 < SMALLEST <= LARGEST") for key, (low, high) in ranges.items()),
+            *((0 <= getattr(self, key) <= 1, key, "in [0, 1]") for key in ("min_overlap", "noise_p", "blur_p", "contrast_p", "gamma_p")),
+            *((0 <= getattr(self, key) <= 1, key, "in [0, 1]") for key in ("momentum", "momentum_end")),
+            *((getattr(self, key) >= 0, key, "at least 0") for key in ("noise_variance", "noise_unit", "global_weight")),
+            *((getattr(self, key) >= 1, key, "at least 1") for key in ("head_hidden", "projection")),
+            (all(0 <= p <= 1 for p in self.flip), "flip", "three probabilities"),
+            (self.points is None or (len(self.points) == 3 and min(self.points) >= 1), "points", "three numbers of at least 1, or null"),
+        ]
