@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from volumes import prepared_case
 
 from pix2rep import evaluate, metrics
 from pix2rep.config import Config, ConfigError, DataConfig, SpatialConfig, load
@@ -19,6 +18,7 @@ from pix2rep.method_config import PglConfig
 from pix2rep.study import Study
 from pix2rep.views import SpatialView
 from pix2rep_kernels import align, box_grid
+from volumes import prepared_case
 
 SHAPES = [(20, 24, 31), (9, 40, 18), (16, 16, 16)]
 SIZE = (12, 16, 16)

@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from volumes import prepared_case
 
-from pix2rep import checkpoint, downstream
+from pix2rep import checkpoint, downstream, evaluate
 from pix2rep.config import ConfigError, load
 from pix2rep.data.cache import Prepared
 from pix2rep.data.patches import PatchSource
@@ -24,16 +23,42 @@ from pix2rep.methods.base import Batch
 from pix2rep.methods.pgl import flipped
 from pix2rep.networks import build_backbone
 from pix2rep.pretrain import run
+from pix2rep.study import open_study
 from pix2rep.training import Training
 from pix2rep.views.intensity import Intensity
+from volumes import prepared_case
 
 REAL = Path(os.environ.get("PIX2REP_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 TINY = (
-    "data.size=16,16,16 network.channels=4,4,4,4,4 network.features=4 pgl.head_hidden=8 pgl.projection=4 split.val=0.2 split.test=0.2"
-    " pretrain.steps=4 pretrain.batch_size=2 pretrain.device=cpu pretrain.threads=1 pretrain.log_every=2"
+    f"data.size=16,16,16 network.name={__name__}:Small network.channels=4,4,4,4,4 network.features=4 network.norm=batch"
+    " pgl.head_hidden=8 pgl.projection=4 split.val=0.2 split.test=0.2 pretrain.steps=4 pretrain.batch_size=2 pretrain.device=cpu pretrain.threads=1 pretrain.log_every=2"
 ).split()
+UNET = "network.name=basicunet"
 STILL = [f"pgl.{key}=0" for key in ("noise_p", "blur_p", "contrast_p", "gamma_p")]
 EVEN = "pgl.flip=0,0,0"
+
+
+class Small(nn.Module):
+    """A backbone of two levels, the coarser at a quarter of the resolution."""
+
+    encoder_channels = (4, 6)
+
+    def __init__(self, config):
+        super().__init__()
+        self.out_channels = config.features
+        self.fine = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU())
+        self.coarse = nn.Sequential(nn.AvgPool3d(4), nn.Conv3d(4, 6, 3, padding=1), nn.BatchNorm3d(6))
+        self.last = nn.Sequential(nn.Conv3d(10, config.features, 1), nn.BatchNorm3d(config.features))
+
+    def encode(self, x):
+        fine = self.fine(x)
+        return [fine, self.coarse(fine)]
+
+    def decode(self, maps, size):
+        return self.last(torch.cat([maps[0], F.interpolate(maps[1], size, mode="trilinear")], 1))
+
+    def forward(self, x):
+        return self.decode(self.encode(x), x.shape[2:])
 
 
 def made(*options):
@@ -57,7 +82,7 @@ def generator(seed=5) -> torch.Generator:
 # a step, rewritten
 
 
-def at_common_points(features, low, high, size, padded, flip, count):
+def at_common_points(features, low, high, flip, size, padded, count, mode):
     """Sample one map [C, *N], which covers a crop of `size` padded to `padded`, at the centres of `count` cells of a box."""
     lines = []
     for axis in range(3):
@@ -71,7 +96,7 @@ def at_common_points(features, low, high, size, padded, flip, count):
         lines.append(2 * (edge + (p - s) // 2) / p - 1)
     z, y, x = torch.meshgrid(*lines, indexing="ij")
     grid = torch.stack([x, y, z], -1)[None]
-    return F.grid_sample(features[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0].flatten(1)  # [C, M]
+    return F.grid_sample(features[None], grid, mode=mode, padding_mode="border", align_corners=False)[0].flatten(1)  # [C, M]
 
 
 def distance(p, z, norm):
@@ -93,15 +118,17 @@ def plain_step(config, backbone, method, batch, seed):
     def maps(network, view):
         return network.encode(view)[-1] if options.where == "encoder" else network(view)
 
-    padded = [max(32, math.ceil(n / 16) * 16) for n in size] if options.where == "encoder" else size
+    padded = [max(32, math.ceil(n / 16) * 16) for n in size] if config.network.name == "basicunet" else size
     online = [maps(backbone, view) for view in views]
     target = [maps(method.target["backbone"], view) for view in views]
     count = options.points or online[0].shape[2:]
 
+    mode = "nearest" if options.mode == "nearest" else "bilinear"
+
     def aligned(values):
         boxes = zip(*batch.boxes, flips, strict=True)
         return [
-            torch.stack([at_common_points(*one, size, padded, f, count) for *one, f in zip(view, low, high, flip, strict=True)])
+            torch.stack([at_common_points(*one, size, padded, count, mode) for one in zip(view, low, high, flip, strict=True)])
             for view, (low, high, flip) in zip(values, boxes, strict=True)
         ]
 
@@ -126,16 +153,18 @@ def plain_step(config, backbone, method, batch, seed):
 @pytest.mark.parametrize(
     ("options", "size"),
     [
-        ([], (16, 17, 40)),  # padded to 32, 32, 48: oddly along y
-        (["pgl.where=decoder", "pgl.points=3,4,5", "pgl.norm=none"], (16, 16, 18)),
-        (["pgl.align=before", "pgl.norm=flat", "pgl.symmetric=false", "network.norm=batch"], (16, 16, 40)),
-        (["pgl.where=decoder", "pgl.global_weight=0.7", "pgl.predictor=true", "pgl.flip=1,0,0.5"], (16, 16, 16)),
+        ([UNET], (16, 17, 40)),  # padded to 32, 32, 48: oddly along y
+        ([], (8, 12, 16)),
+        (["pgl.where=decoder", "pgl.points=3,4,5", "pgl.norm=none"], (8, 10, 12)),
+        (["pgl.align=before", "pgl.norm=flat", "pgl.symmetric=false"], (8, 8, 16)),
+        (["pgl.where=decoder", "pgl.global_weight=0.7", "pgl.flip=1,0,0.5"], (8, 8, 8)),
+        (["pgl.predictor=false", "pgl.mode=nearest", "pgl.points=2,3,3"], (8, 12, 16)),
     ],
-    ids=["encoder", "decoder-none", "before-flat", "global"],
+    ids=["unet", "encoder", "decoder-none", "before-flat", "global", "nearest"],
 )
 def test_a_step_is_the_plain_formula(options, size):
     config, backbone, method = made(*STILL, *options)
-    backbone, method, batch = backbone.double(), method.double(), batch_of(size, dtype=torch.float64)
+    backbone, method, batch = backbone.double(), method.double(), batch_of(size, 1 if UNET in options else 2, torch.float64)
     with torch.no_grad():
         for weight in method.target.parameters():
             weight.mul_(1.1)  # a target that lags behind
@@ -151,7 +180,7 @@ def test_a_step_is_the_plain_formula(options, size):
         if mine.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-9)
             compared += mine.grad.abs().max() > 1e-6
-    assert compared > 12 and all(weight.grad is None for weight in method.target.parameters())
+    assert compared >= 4 and all(weight.grad is None for weight in method.target.parameters())
     assert set(stats) == {"alignment", "uniformity", "dead_dimensions"} and 0 <= stats["alignment"] <= 4
 
 
@@ -273,14 +302,14 @@ def phantoms(tmp_path_factory):
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(phantoms, tmp_path, monkeypatch):
-    options = load("pgl", [*TINY, "pretrain.checkpoint_every=2", "network.norm=batch", f"data.cache={tmp_path / 'cache'}"])
+    options = load("pgl", [*TINY, "pretrain.checkpoint_every=2", f"data.cache={tmp_path / 'cache'}"])
     run(phantoms, tmp_path / "whole", options)
     real = Training.step
 
-    def cut(self, step, *rest):
+    def cut(self, step, *rest, **named):
         if step == 3:
             raise ZeroDivisionError("power cut")
-        return real(self, step, *rest)
+        return real(self, step, *rest, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "step", cut)
@@ -303,17 +332,17 @@ def test_from_volumes_to_dice(phantoms, tmp_path):
     """Encoder pre-trained, then probe and fine-tuning by windows over whole volumes of another spacing."""
     fast = "downstream.labelled=1 downstream.seeds=0 downstream.probe_steps=2 downstream.probe_lr=0.1 downstream.class_weights=none"
     fast += " downstream.finetune_steps=2 downstream.finetune_batch_size=2 downstream.finetune_lr=1e-3 downstream.overlays=1 downstream.bootstrap=50"
-    options = load("pgl", [*TINY, *fast.split(), "pretrain.steps=1", "data.spacing=16,18,18", "network.norm=batch", "downstream.sliding_overlap=0"])
+    options = load("pgl", [*TINY, *fast.split(), "pretrain.steps=1", "data.spacing=16,18,18", "downstream.sliding_overlap=0"])
     run(phantoms, tmp_path / "run", options)
     config = load(tmp_path / "run/config.yaml")
-    for what in ("probe", "finetune"):
-        result = downstream.run(tmp_path / "run", config, what)
-        assert {row["class"] for row in result["volumes"]} == set(ORGANS) if "volumes" in result else result["summary"]
     backbone = checkpoint.load_backbone(tmp_path / "run")[0]
-    assert backbone.down_4.convs.conv_0.adn.N.num_batches_tracked > 0
-    assert backbone.upcat_1.convs.conv_0.adn.N.num_batches_tracked == 0  # so downstream estimates its statistics
-    rows = (tmp_path / "run/probe/results.csv").read_text()
-    assert all(organ in rows for organ in ORGANS)
+    assert backbone.coarse[2].num_batches_tracked > 0 == backbone.last[1].num_batches_tracked
+    for what in ("probe", "finetune"):
+        downstream.run(tmp_path / "run", config, what)
+        rows = (tmp_path / f"run/{what}/results.csv").read_text()
+        assert all(organ in rows for organ in ORGANS)
+    model, _ = evaluate.load_model(next((tmp_path / "run/probe/models").glob("*pretrained*")), open_study(tmp_path / "run", config))
+    assert model.backbone.last[1].num_batches_tracked > 0  # estimated, since the encoder's objective never ran the decoder
 
 
 @pytest.mark.parametrize(("name", "options"), [("hippocampus", []), ("openkbp", ["data.spacing=8,12,12"])])
@@ -325,6 +354,6 @@ def test_real_volumes(name, options, tmp_path):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / path.name).symlink_to(path.resolve())
     window = ["data.window=null"] if name == "hippocampus" else []
-    run(tmp_path / "data", tmp_path / "run", load("pgl", [*TINY, *options, *window, "pretrain.steps=2"]))
+    run(tmp_path / "data", tmp_path / "run", load("pgl", [*TINY, UNET, *options, *window, "pretrain.steps=2"]))
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(row["loss"]) for row in rows if row["event"] == "step")

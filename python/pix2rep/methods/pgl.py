@@ -143,4 +143,5 @@ def interpolate(features: Tensor, grid: Tensor, points: tuple[int, ...], mode: s
 
 def cosine_distance(rows_1: Tensor, rows_2: Tensor) -> Tensor:
     """Mean of 2 - 2 cos over a batch of features [B, C, ...]."""
-    return (2 - 2 * F.cosine_similarity(rows_1.flatten(1).float(), rows_2.flatten(1).float())).mean()
+    rows_1, rows_2 = (rows.flatten(1).to(torch.promote_types(rows.dtype, torch.float32)) for rows in (rows_1, rows_2))
+    return (2 - 2 * F.cosine_similarity(rows_1, rows_2)).mean()
