@@ -54,12 +54,14 @@ class LrcConfig:
 
 @dataclass
 class PglConfig:
-    """PGL (arXiv 2011.12640), 3D only. No code was published: "read": by a third party in the paper; what bears no such mark is inferred."""
+    """PGL (arXiv 2011.12640), 3D only. No code was published. "Read": by a third party, in the paper; "theirs": that party's own choice; the rest
+    is inferred.
+    """
 
     crop_scale: tuple[float, float] = (1.1, 1.4)  # read: a crop's side over data.size, U for each axis; it is then resized to data.size
-    depth: Literal["same", "free"] = "same"  # read: "same": both crops show the same slices, unscaled; "free": z is treated as y and x are
+    depth: Literal["same", "free"] = "same"  # theirs: "same", both crops show the same slices, unscaled; "free": z is treated as y and x are
     min_overlap: float = 0.1  # read
-    overlap_of: Literal["union", "smaller"] = "union"  # read: the share is of the two boxes' union; or of the smaller box
+    overlap_of: Literal["union", "smaller"] = "union"  # theirs: the share is of the two boxes' union; or of the smaller box
     flip: tuple[float, float, float] = (0.5, 0.5, 0.5)  # read: probabilities along z, y, x, drawn for each crop
     noise_variance: float = 0.1  # read: U(0, v) where intensities have a standard deviation of 1
     noise_unit: float = 0.25  # what that standard deviation is taken to be of intensities in [0, 1]
@@ -71,16 +73,16 @@ class PglConfig:
     gamma: tuple[float, float] = (0.7, 1.5)  # read: U
     gamma_p: float = 0.5  # read
     where: Literal["encoder", "decoder"] = "encoder"  # maps that shall agree: the encoder's last one, or the decoder's full-resolution one
-    head_hidden: int = 4096  # read: 1x1x1 conv, batch norm, ReLU, 1x1x1 conv; projector and predictor alike
-    projection: int = 256  # read
+    head_hidden: int = 4096  # theirs: 1x1x1 conv, batch norm, ReLU, 1x1x1 conv; projector and predictor alike
+    projection: int = 256  # theirs
     predictor: bool = True  # false: the projection itself is compared, and little keeps features from collapsing
-    norm: Literal["channel", "flat", "none"] = "channel"  # of each voxel's features; read: "flat", of the whole map; "none": mean squares
+    norm: Literal["channel", "flat", "none"] = "channel"  # of each voxel's features; theirs: "flat", of the whole map; "none": mean squares
     align: Literal["after", "before"] = "after"  # maps are interpolated after the heads, or before them
     mode: Literal["linear", "nearest"] = "linear"  # that interpolation; half-pixel centres
     points: tuple[int, ...] | None = None  # D, H, W of the grid on the common region; null: a map's own size
-    symmetric: bool = True  # read: the loss with the two views swapped is added
+    symmetric: bool = True  # theirs: the loss with the two views swapped is added
     global_weight: float = 0.0  # of BYOL's loss between the mean features of two crops, with heads of its own; 0: none
-    momentum: float = 0.99  # of the target, from here ...
+    momentum: float = 0.99  # of the target (theirs: 0.999 throughout), from here ...
     momentum_end: float = 1.0  # ... to here along half a cosine
 
     def checks(self) -> Checks:

@@ -31,7 +31,8 @@ from volumes import prepared_case
 REAL = Path(os.environ.get("PIX2REP_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 TINY = (
     f"data.size=16,16,16 network.name={__name__}:Small network.channels=4,4,4,4,4 network.features=4 network.norm=batch"
-    " pgl.head_hidden=8 pgl.projection=4 split.val=0.2 split.test=0.2 pretrain.steps=4 pretrain.batch_size=2 pretrain.device=cpu pretrain.threads=1 pretrain.log_every=2"
+    " pgl.head_hidden=8 pgl.projection=4 split.val=0.2 split.test=0.2"
+    " pretrain.steps=4 pretrain.batch_size=2 pretrain.device=cpu pretrain.threads=1 pretrain.log_every=2"
 ).split()
 UNET = "network.name=basicunet"
 STILL = [f"pgl.{key}=0" for key in ("noise_p", "blur_p", "contrast_p", "gamma_p")]
