@@ -83,7 +83,10 @@ def one_model(backbone, study: Study, entry: dict, validation: list[PreparedCase
     every setting diverged.
     """
     train = _probe if entry["what"] == "probe" else _finetune
-    model, choice = train(settled(backbone, study, entry["seed"]), study, study.labelled(entry["patients"]), validation, entry["seed"])
+    seen = [bool(m.num_batches_tracked) for m in _batch_norms(backbone)]
+    if any(seen) and not all(seen):  # a method that trains the encoder alone leaves the decoder's layers without statistics
+        backbone = settled(backbone, study, entry["seed"])
+    model, choice = train(backbone, study, study.labelled(entry["patients"]), validation, entry["seed"])
     entry = entry | choice
     predictions = {case.id: evaluate.predict_case(model, case, study) for case in test}
     return model, entry, predictions, [row for case in test for row in evaluate.score_case(predictions[case.id], case, study, entry)]
@@ -99,11 +102,8 @@ def random_backbone(study: Study, seed: int):
 
 @torch.no_grad()
 def settled(backbone, study: Study, seed: int):
-    """The backbone in eval mode, with statistics for the BatchNorm layers that saw no batch, estimated on unlabelled pre-training images.
-
-    A method that trains the encoder alone leaves such layers in the decoder.
-    """
-    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and not m.num_batches_tracked]
+    """The backbone in eval mode, with statistics for the BatchNorm layers that saw no batch, estimated on unlabelled pre-training images."""
+    norms = [m for m in _batch_norms(backbone) if not m.num_batches_tracked]
     if not norms:
         return backbone.eval()
     source = open_source(study.prepared, study.split["pretrain"], study.config)
@@ -120,6 +120,10 @@ def settled(backbone, study: Study, seed: int):
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     return backbone.eval()
+
+
+def _batch_norms(backbone) -> list:
+    return [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
 
 
 def validation_dice(prediction: np.ndarray, labels: np.ndarray, cases: list[PreparedCase], classes: int) -> float:
