@@ -22,9 +22,10 @@ from pix2rep.typed import ConfigError, Loader, parsed, shown, typed
 class DataConfig:
     root: str = ""  # folder of volumes: ACDC layout, imagesTr/labelsTr, or any folder of .nii / .nii.gz
     cache: str | None = None  # where prepared volumes lie; default: RUN/cache
-    size: tuple[int, ...] = (128, 128)  # in-plane crop or pad, pixels
-    spacing: tuple[float, ...] | None = None  # in-plane resampling, mm; None keeps the scanner's
+    size: tuple[int, ...] = (128, 128)  # in-plane crop or pad, pixels; 3D: D, H, W of the patches that are read
+    spacing: tuple[float, ...] | None = None  # resampling, mm along H, W, or Z, H, W; None keeps the scanner's
     percentiles: tuple[float, float] = (1.0, 99.0)  # intensities are clipped to these, then scaled to [0, 1], volume by volume
+    window: tuple[float, float] | None = None  # the same range for every volume instead, such as -1024,325 HU
     roi: Literal["centre", "gt"] = "centre"  # crop; "gt": box of the labels plus `roi_margin` (as the official code; leaks labels)
     roi_margin: int = 10  # pixels
     classes: tuple[str, ...] = ()  # names of labels 1..K; empty: read from dataset.json, else "1", "2", …
@@ -139,6 +140,8 @@ class DownstreamConfig:
     augment_rotation: float = 45.0  # degrees, U(-r, r); flips as in `spatial`
     augment_scale: tuple[float, float] = (0.7, 1.0)  # crop scale, U
     augment_translation: float = 0.1  # share of half the image, U(-t, t) per axis
+    sliding_window: bool = True  # 3D: windows of data.size over whole volumes; false: their centre crop only
+    sliding_overlap: float = 0.5  # share of a window, 0 to under 1
     overlays: int = 6  # pictures a run
     bootstrap: int = 2000  # resamples of patients for the 95 % interval
 
@@ -237,6 +240,7 @@ def check(config: Config) -> None:
         (len(config.data.size) == dims, "data.size", f"{dims} numbers (network.dims = {dims})"),
         (config.split.val + config.split.test < 1, "split.val", f"under 1 with split.test = {config.split.test:g}"),
         (config.loss.temperature > 0, "loss.temperature", "above 0"),
+        (0 <= config.downstream.sliding_overlap < 1, "downstream.sliding_overlap", "at least 0 and under 1"),
         (config.pretrain.lr > 0, "pretrain.lr", "above 0"),
         (config.pretrain.warmup <= 1, "pretrain.warmup", "a share of the steps, 0 to 1"),
         (config.pretrain.clip_grad is None or config.pretrain.clip_grad > 0, "pretrain.clip_grad", "above 0, or null"),

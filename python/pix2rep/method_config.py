@@ -99,5 +99,45 @@ class LrcConfig:
 
 @dataclass
 class PglConfig:
+    """PGL (arXiv 2011.12640), 3D only. No code was published. "Read": by a third party, in the paper; "theirs": that party's own choice; the rest
+    is inferred.
+    """
+
+    crop_scale: tuple[float, float] = (1.1, 1.4)  # read: a crop's side over data.size, U for each axis; it is then resized to data.size
+    depth: Literal["same", "free"] = "same"  # theirs: "same", both crops show the same slices, unscaled; "free": z is treated as y and x are
+    min_overlap: float = 0.1  # read
+    overlap_of: Literal["union", "smaller"] = "union"  # theirs: the share is of the two boxes' union; or of the smaller box
+    flip: tuple[float, float, float] = (0.5, 0.5, 0.5)  # read: probabilities along z, y, x, drawn for each crop
+    noise_variance: float = 0.1  # read: U(0, v) where intensities have a standard deviation of 1
+    noise_unit: float = 0.25  # what that standard deviation is taken to be of intensities in [0, 1]
+    noise_p: float = 0.1  # read
+    blur_sigma: tuple[float, float] = (0.5, 1.0)  # read: voxels, U
+    blur_p: float = 0.2  # read
+    contrast: tuple[float, float] = (0.75, 1.25)  # read: intensities times U, then clipped
+    contrast_p: float = 0.5  # read
+    gamma: tuple[float, float] = (0.7, 1.5)  # read: U
+    gamma_p: float = 0.5  # read
+    where: Literal["encoder", "decoder"] = "encoder"  # maps that shall agree: the encoder's last one, or the decoder's full-resolution one
+    head_hidden: int = 4096  # theirs: 1x1x1 conv, batch norm, ReLU, 1x1x1 conv; projector and predictor alike
+    projection: int = 256  # theirs
+    predictor: bool = True  # false: the projection itself is compared, and little keeps features from collapsing
+    norm: Literal["channel", "flat", "none"] = "channel"  # of each voxel's features; theirs: "flat", of the whole map; "none": mean squares
+    align: Literal["after", "before"] = "after"  # maps are interpolated after the heads, or before them
+    mode: Literal["linear", "nearest"] = "linear"  # that interpolation; half-pixel centres
+    points: tuple[int, ...] | None = None  # D, H, W of the grid on the common region; null: a map's own size
+    symmetric: bool = True  # theirs: the loss with the two views swapped is added
+    global_weight: float = 0.0  # of BYOL's loss between the mean features of two crops, with heads of its own; 0: none
+    momentum: float = 0.99  # of the target (theirs: 0.999 throughout), from here ...
+    momentum_end: float = 1.0  # ... to here along half a cosine
+
     def checks(self) -> Checks:
-        return []
+        ranges = {key: getattr(self, key) for key in ("crop_scale", "blur_sigma", "contrast", "gamma")}
+        return [
+            *((0 < low <= high, key, "SMALLEST,LARGEST with 0 < SMALLEST <= LARGEST") for key, (low, high) in ranges.items()),
+            *((0 <= getattr(self, key) <= 1, key, "in [0, 1]") for key in ("min_overlap", "noise_p", "blur_p", "contrast_p", "gamma_p")),
+            *((0 <= getattr(self, key) <= 1, key, "in [0, 1]") for key in ("momentum", "momentum_end")),
+            *((getattr(self, key) >= 0, key, "at least 0") for key in ("noise_variance", "noise_unit", "global_weight")),
+            *((getattr(self, key) >= 1, key, "at least 1") for key in ("head_hidden", "projection")),
+            (all(0 <= p <= 1 for p in self.flip), "flip", "three probabilities"),
+            (self.points is None or (len(self.points) == 3 and min(self.points) >= 1), "points", "three numbers of at least 1, or null"),
+        ]

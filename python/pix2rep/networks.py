@@ -46,7 +46,7 @@ class UNet(BasicUNet):
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Five maps, channels `encoder_channels`, coarsest (the bottleneck, stride 16) last; of x padded to sizes that can be halved four times."""
-        missing = [max(self.SMALLEST, math.ceil(n / self.STRIDE) * self.STRIDE) - n for n in x.shape[2:]]
+        missing = [p - n for p, n in zip(self.padded(x.shape[2:]), x.shape[2:], strict=True)]
         if any(missing):
             pad = [p for m in reversed(missing) for p in (m // 2, m - m // 2)]
             x = F.pad(x, pad, mode="replicate")
@@ -54,6 +54,10 @@ class UNet(BasicUNet):
         for down in (self.down_1, self.down_2, self.down_3, self.down_4):
             maps.append(down(maps[-1]))
         return maps
+
+    def padded(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Sides that the maps of `encode` cover: an input of `size` is padded to them at both ends, where that is odd once more behind."""
+        return tuple(max(self.SMALLEST, math.ceil(n / self.STRIDE) * self.STRIDE) for n in size)
 
     def decode(self, maps: list[Tensor], size: tuple[int, ...]) -> Tensor:
         """Features [B, out_channels, *size] from the maps that `encode` made of an input of this size."""

@@ -20,6 +20,7 @@ from pix2rep import checkpoint, disk
 from pix2rep.config import Config, flatten, from_dict, save
 from pix2rep.data.cache import prepare
 from pix2rep.data.discover import Case, discover
+from pix2rep.data.patches import open_source
 from pix2rep.data.problems import write_skipped
 from pix2rep.data.slices import SliceSource
 from pix2rep.data.splits import make_split, read_split, warn_of_shared_images, write_split
@@ -225,7 +226,7 @@ def _slices(cases: list[Case], config: Config, run_dir: Path, resume: bool, log:
         split = read_split(config.split.file, cases) if config.split.file else make_split(prepared.cases, config.split)
         write_split(split, file)
     warn_of_shared_images(prepared.cases, split)
-    return SliceSource(prepared, split["pretrain"], config.data.size)
+    return open_source(prepared, split["pretrain"], config)
 
 
 def _check_losses(training: Training, done: int, run_dir: Path, log: RunLog) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pix2rep.config import Config, from_dict, to_dict
+from pix2rep.data.patches import open_source
 from pix2rep.data.slices import SliceSource, StepSampler
 from pix2rep.meter import Meter, Snapshot, allocated_bytes, memory_source, resident_bytes, time_source, usable_bytes
 from pix2rep.methods.base import Batch
@@ -167,7 +168,7 @@ def folder_source(folder: str | Path, config: Config) -> Iterator[SliceSource]:
         cases = discover(folder)
         kept = config.data.cache
         prepared = prepare(cases if kept else cases[: config.pretrain.batch_size], config.data, kept or temporary)
-        yield SliceSource(prepared, prepared.patients, config.data.size)
+        yield open_source(prepared, prepared.patients, config)
 
 
 def first_batch(source: SliceSource, config: Config) -> Tensor:

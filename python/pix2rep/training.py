@@ -85,9 +85,10 @@ class Training:
 
         def read(index: int) -> Batch:
             began = time.thread_time()
-            indices = sampler.indices(index)
-            beside = {name: getattr(self.source, name)(indices) for name in self.method.needs}
-            batch = Batch(self.source.batch(indices)[0], patients=[self.source.patients_of([i])[0] for i in indices], **beside)
+            indices, source = sampler.indices(index), self.source.at(index)
+            beside = {name: getattr(source, name)(indices) for name in self.method.needs}
+            images = beside["crops"][0] if "crops" in beside else source.batch(indices)[0]
+            batch = Batch(images, patients=[self.source.patients_of([i])[0] for i in indices], **beside)
             batch = batch.pin_memory() if self.device.type == "cuda" else batch
             self.reading += time.thread_time() - began
             return batch
@@ -150,9 +151,10 @@ class Training:
 
     def summary(self) -> str:
         opt, count = self.config.pretrain, sum(p.numel() for p in self.parameters)
+        items = "slices" if len(self.source.size) == 2 else "volumes"
         amp = "off" if self.amp is None else str(self.amp).removeprefix("torch.")
         return (
-            f"pre-training on {len(self.source)} slices of {len({case.patient for case in self.source.cases})} patients,"
+            f"pre-training on {len(self.source)} {items} of {len({case.patient for case in self.source.cases})} patients,"
             f" {opt.batch_size} x {opt.accumulate} a step; {count / 1e6:.2f} M parameters on {self.device}, mixed precision {amp}"
         )
 

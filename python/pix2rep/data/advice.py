@@ -55,7 +55,7 @@ def _size(volumes, _, data):
     height, width = data.size[-2:]
     sizes = np.array([v.shape[1::-1] for v in volumes], np.float64)
     if data.spacing is not None:
-        sizes = np.maximum(1, np.round(sizes * [v.spacing[1::-1] for v in volumes] / np.array(data.spacing)))
+        sizes = np.maximum(1, np.round(sizes * [v.spacing[1::-1] for v in volumes] / np.array(data.spacing[-2:])))
     small = [v for v, size in zip(volumes, sizes, strict=True) if (size < (height, width)).any()]
     given = ",".join(map(str, data.size))
     better = ",".join(str(int(-(-n // 16) * 16)) for n in np.median(sizes, axis=0))

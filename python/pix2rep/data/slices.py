@@ -39,6 +39,10 @@ class SliceSource:
     def __len__(self) -> int:
         return len(self._case)
 
+    def at(self, step: int) -> "SliceSource":
+        """The source as a (micro-)step reads it: itself, its items are the same at every step."""
+        return self
+
     def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images [B, 1, *size] float32 in [0, 1] and labels [B, *size] int64 (None for an unlabelled source), cropped or zero padded."""
         images = torch.from_numpy(np.stack([self._item(int(i), "image") for i in indices])).float().unsqueeze(1)
@@ -57,6 +61,10 @@ class SliceSource:
     def patients_of(self, indices) -> list[str]:
         """Patients that the items come from, sorted, each once."""
         return sorted({self.cases[self._case[int(i)]].patient for i in indices})
+
+    def spacing(self, indices) -> torch.Tensor:
+        """Voxel sizes, mm along the axes of `size`: float32 [B, len(size)]."""
+        return torch.tensor([self.cases[self._case[int(i)]].spacing[-len(self.size) :] for i in indices], dtype=torch.float32)
 
     def depths(self, indices) -> torch.Tensor:
         """float32 [B] in (0, 1): place of a slice's middle between its volume's first and last face; of a whole volume 0.5."""

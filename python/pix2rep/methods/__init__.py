@@ -15,6 +15,7 @@ METHODS = {
     "pix2rep": "Pix2Rep",
     "bim": "BIM",
     "lrc": "Lrc",
+    "pgl": "PGL",
 }
 
 

@@ -17,7 +17,9 @@ class Batch:
 
     images: Tensor
     regions: Tensor | None = None  # int32 [B, *S]: superpixels, -1 where there is none
-    crops: Tensor | None = None
+    crops: Tensor | None = None  # float32 [2, B, 1, *S]: two overlapping crops of each volume (the first is `images`)
+    boxes: Tensor | None = None  # float32 [2, 2, B, 3]: lower and upper edges of the region that both crops see, in voxels of each crop
+    spacing: Tensor | None = None  # float32 [B, len(S)]: voxel sizes, mm
     depths: Tensor | None = None  # float32 [B] in (0, 1): place of a slice's middle in its volume
     patients: list[str] = field(default_factory=list)  # one an image
 

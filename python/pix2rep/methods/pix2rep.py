@@ -30,6 +30,7 @@ class Pix2Rep(Method):
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__(config, backbone)
         self.spatial = SpatialView(config.spatial, config.network.dims)
+        self.needs = frozenset({"spacing"}) if config.network.dims == 3 else self.needs  # pixels are square in plane, voxels are seldom cubes
         self.photometric = Photometric(config.photometric)
         self.mode, self.backend = config.loss.mode, config.loss.backend
         self.head = projection_head(config.network, backbone.out_channels)
@@ -38,7 +39,7 @@ class Pix2Rep(Method):
     def step(self, backbone: Callable, batch: Batch, generator: torch.Generator, monitor: bool = False) -> tuple[Tensor, dict[str, float]]:
         images = batch.images
         view_1 = self.photometric(images, generator)
-        grid = self.spatial(images.shape[0], images.shape[2:], generator, images.device)
+        grid = self.spatial(images.shape[0], images.shape[2:], generator, images.device, batch.spacing)
         view_2 = warp_image(self.photometric(images, generator), grid, IMAGE_MODE[self.mode])
         features_1 = self.project(backbone(view_1))  # [B, D, *S]
         features_2 = self.project(backbone(view_2))
