@@ -21,6 +21,7 @@ TITLES = {
     "uniformity": "uniformity",
     "dead_dimensions": "dead dimensions",
 }
+RANGE = {"alignment": (0.0, 2.0), "uniformity": (-4.0, 0.0), "images_per_s": (0.0, 0.0), "peak_memory_mib": (0.0, 0.0)}  # shown at least
 HEALTHY = {
     "loss": "falls fast, then slowly; no jumps",
     "lr": "as pretrain.schedule says",
@@ -60,6 +61,11 @@ def alike_loss(config: Config) -> float | None:
     return math.log(2 * min(loss.num_samples or pixels, pixels) - 1)
 
 
+def dimensions(config: Config) -> int | None:
+    """D of the rows that the monitors look at; None where the method decides."""
+    return config.network.projection if config.loss.method == "pix2rep" else None
+
+
 def judge(found: dict[str, list[tuple[int, float]]], config: Config) -> list[Finding]:
     """Sentences on the last SHARE of the rows, with their thresholds."""
     count = max((len(points) for points in found.values()), default=0)
@@ -76,8 +82,8 @@ def judge(found: dict[str, list[tuple[int, float]]], config: Config) -> list[Fin
         findings.append(Finding(False, f"Near collapse: uniformity {uniformity:.2f} is above {POOR:g}."))
     if alignment > UNRELATED:
         findings.append(Finding(False, f"Alignment {alignment:.2f} is above {UNRELATED}: features of corresponding pixels have next to nothing in common."))
-    size = config.network.projection
-    dead = last.get("dead_dimensions", math.nan) / size
+    size = dimensions(config)
+    dead = last.get("dead_dimensions", math.nan) / size if size else math.nan
     if dead > DEAD_SOME:
         word = "Most" if dead > DEAD_MANY else "Some"
         findings.append(Finding(False, f"{word} of the {size} dimensions of the projection are dead ({dead:.0%}, above {DEAD_SOME:.0%})."))
@@ -89,7 +95,7 @@ def judge(found: dict[str, list[tuple[int, float]]], config: Config) -> list[Fin
             Finding(
                 True,
                 f"No sign of collapse over the last {SHARE:.0%} of the rows: uniformity {uniformity:.2f} (collapsed above {COLLAPSED}), alignment "
-                f"{alignment:.2f} (unrelated above {UNRELATED}), dead dimensions {dead:.0%} (many above {DEAD_SOME:.0%}).",
+                f"{alignment:.2f} (unrelated above {UNRELATED})" + (f", dead dimensions {dead:.0%} (many above {DEAD_SOME:.0%})." if size else "."),
             )
         )
     return findings
@@ -100,13 +106,14 @@ def figure(found: dict[str, list[tuple[int, float]]], config: Config, resumed: l
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    columns = 3
+    columns = 4
     rows = math.ceil(len(found) / columns)
-    drawn = Figure(figsize=(10.6, 2.5 * rows + 0.2), layout="constrained")
+    drawn = Figure(figsize=(11, 2.5 * rows + 0.2), layout="constrained")
     FigureCanvasSVG(drawn)
     axes = drawn.subplots(rows, columns, squeeze=False).flat
-    dead = (DEAD_SOME * config.network.projection, config.network.projection)
-    bad = {"uniformity": (COLLAPSED, 0.0), "alignment": (UNRELATED, 2.0), "dead_dimensions": dead}
+    bad, shown = {"uniformity": (COLLAPSED, 0.0), "alignment": (UNRELATED, 2.0)}, dict(RANGE)
+    if size := dimensions(config):
+        bad["dead_dimensions"], shown["dead_dimensions"] = (DEAD_SOME * size, size), (0, size)
     for (name, points), axis in zip(found.items(), axes, strict=False):
         steps, values = zip(*points, strict=True)
         axis.plot(steps, values, color="#0072B2", linewidth=1.4, marker="o" if len(points) < 40 else None, markersize=2.5)
@@ -115,8 +122,9 @@ def figure(found: dict[str, list[tuple[int, float]]], config: Config, resumed: l
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         if name in bad:
-            axis.autoscale(False)  # grey far from the curve takes no room
             axis.axhspan(*bad[name], color="0.86", zorder=0)
+        if name in shown:
+            axis.update_datalim([(steps[0], value) for value in shown[name]])
         if name == "loss" and (alike := alike_loss(config)):
             axis.axhline(alike, color="0.5", linestyle="--", linewidth=1)
         for step in resumed:

@@ -16,7 +16,7 @@ from pix2rep.views.spatial import SpatialView, dense, warp_image
 from pix2rep_kernels import warp
 
 INSIDE, OUTSIDE = 7, 2  # points of a pair
-MARGIN = 0.06  # share of the side that points keep from the border of view 2
+MARGIN, APART = 0.06, 0.1  # shares of the side that points keep from the border of view 2, and from each other
 NEAR = 3.0  # pixels within which a match counts as found
 QUERIES = 256  # points that are matched
 
@@ -97,7 +97,7 @@ def pixels_of(grid: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def choose_points(view: np.ndarray, inside: np.ndarray, generator: torch.Generator) -> np.ndarray:
-    """Up to INSIDE pixels of view 2 [H, W] that come from inside, spread, the first where the picture changes most; then up to OUTSIDE others.
+    """Up to INSIDE pixels of view 2 [H, W] that come from inside, spread, the first where the picture changes most near the middle; then up to OUTSIDE others.
 
     [P, 2] int, P >= 1.
     """
@@ -108,6 +108,8 @@ def choose_points(view: np.ndarray, inside: np.ndarray, generator: torch.Generat
     central = np.zeros_like(inside)
     central[edge : height - edge, edge : width - edge] = True
     strength = gaussian_gradient_magnitude(view.astype(np.float32), 1.5)
+    row, column = ((np.arange(n) - (n - 1) / 2) / n for n in view.shape)
+    middle = np.exp(-8 * (row[:, None] ** 2 + column**2))
     chosen: list[np.ndarray] = []
     for wanted, count in ((inside & central, INSIDE), (~inside & central, OUTSIDE)):
         candidates = np.argwhere(wanted if wanted.any() or chosen else np.ones_like(wanted))
@@ -115,11 +117,11 @@ def choose_points(view: np.ndarray, inside: np.ndarray, generator: torch.Generat
         candidates = candidates[change >= np.median(change)] if len(change) else candidates  # not in empty air
         candidates = candidates[torch.randperm(len(candidates), generator=generator).numpy()]
         if not chosen:
-            chosen.append(candidates[strength[tuple(candidates.T)].argmax()])
+            chosen.append(candidates[(strength * middle)[tuple(candidates.T)].argmax()])
             count -= 1
         for _ in range(min(count, len(candidates))):
             gap = ((candidates[:, None] - np.array(chosen)) ** 2).sum(-1).min(1)
-            if gap.max() > 0:
+            if gap.max() > (APART * min(height, width)) ** 2:
                 chosen.append(candidates[gap.argmax()])
     return np.array(chosen)
 

@@ -28,7 +28,7 @@ class Scene:
     """What all pictures of a report share. `others`: {case: the pair of another patient}, missing where there is one patient only."""
 
     colours: Colours
-    temperature: float
+    temperature: float | None  # of an InfoNCE loss
     others: dict[str, Pair]
 
 
@@ -57,7 +57,7 @@ def views(pair: Pair, scene: Scene) -> Picture:
         + (", crosses come from outside of it and have no partner" if outside else "")
         + (", open circles from another slice" if not pair.in_plane[pair.inside].all() else "")
         + "; the map is yellow where the two views' features agree. Bottom: the last two pictures should have the same colours in the same "
-        "places, and different tissues different colours."
+        "places (the first of them is as coarse as view 1 where view 2 magnifies), and different tissues different colours."
     )
     return Picture(figure, f"Two views of {pair.case} with {len(pair.points)} numbered points, and their features as colours", caption)
 
@@ -86,10 +86,12 @@ def similarity(pair: Pair, scene: Scene) -> Picture:
     figure.colorbar(drawn, ax=axes[1, :], shrink=0.8, label="cosine")
     caption = (
         "Cosine of the features of one pixel of view 2 (circle) with those of every pixel. In view 1 the circle is the true partner and the square "
-        "the most similar pixel: they should coincide, and what is yellow should be few pixels or one tissue, not everything. In another patient "
-        f"the square should lie on the same anatomy. At temperature {scene.temperature:g} the loss weighs a pixel that is 0.1 more similar "
-        f"{np.exp(0.1 / scene.temperature):.3g} times as much."
+        "the most similar pixel: they should coincide, and what is yellow should be few pixels or one tissue, not everything. In another patient the "
+        "square should lie on the same anatomy."
     )
+    if scene.temperature:
+        more = np.exp(0.1 / scene.temperature)
+        caption += f" At the loss's temperature, {scene.temperature:g}, a negative that is more similar by 0.1 weighs {more:.3g} times as much."
     return Picture(figure, f"Cosine similarity of one pixel of {pair.case} with all pixels of {len(shown)} images", caption)
 
 
@@ -124,7 +126,8 @@ def _frame(axis, pair: Pair) -> None:
     axis.plot(x, y, color="black", linewidth=1.2, linestyle=(0, (4, 3)))
     height, width = pair.view_1.shape
     for values, size, limit in ((x, width, axis.set_xlim), (y, height, axis.set_ylim)):
-        limit(max(min(values.min() - 2, -0.5), -size / 2), min(max(values.max() + 2, size - 0.5), 1.5 * size))
+        room = 0.08 * size  # for a number beside a cross
+        limit(max(min(values.min() - room, -0.5), -size / 2), min(max(values.max() + room, size - 0.5), 1.5 * size))
 
 
 def _point(axis, x: float, y: float, number: int, colour: str, inside: bool, in_plane: bool) -> None:

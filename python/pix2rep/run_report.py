@@ -20,6 +20,7 @@ from pix2rep.log import read_log, say
 from pix2rep.networks import build_backbone
 from pix2rep.overlay import spread
 from pix2rep.pairs import NEAR, Colours, agreement, make_pair
+from pix2rep.typed import shown
 
 PARTS = {"pretrain": "pre-training", "val": "validation"}
 OVERLAYS = 3  # pictures a downstream task
@@ -58,7 +59,7 @@ def write(run: Path, out: Path | None = None, cases: int = 2) -> Path:
         parts += [page.heading("Pictures"), page.paragraph(f"There are none: {error}", "warn")]
     path = Path(out) if out else run / "report.html"
     with atomic(path) as temporary:
-        temporary.write_text(page.document(f"Pre-training run {run.resolve().name}", parts), encoding="utf-8")
+        temporary.write_text(page.document(f"Pre-training: {run.resolve().name}", parts), encoding="utf-8")
     return path
 
 
@@ -96,12 +97,12 @@ def _header(run: Path, config: Config, rows: list[dict]) -> list[str]:
     device = start.get("device", "")
     facts = [
         ("state", "ended" if ended else "not ended"),
-        ("method", f"{config.loss.method}, {config.loss.objective}"),
+        ("method", f"{config.loss.method}, {config.loss.objective}" if config.loss.method == "pix2rep" else config.loss.method),
         ("data", config.data.root),
         ("patients", patients or "unknown (no split.json)"),
         ("slices" if config.network.dims == 2 else "volumes", f"{start.get('slices', 'unknown')}, of {' x '.join(map(str, config.data.size))} pixels"),
         ("steps", f"{taken} of {opt.steps}, {opt.batch_size} x {opt.accumulate} images each"),
-        ("time in the loop", f"{_duration(steps, opt.batch_size * opt.accumulate)} on {device}, {max(0, len(begun) - 1)} times resumed"),
+        ("time in the loop", f"{_duration(steps, opt.batch_size * opt.accumulate)} on {device}, resumed {max(0, len(begun) - 1)} times"),
         ("last row", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(rows[-1]["time"])) if rows and "time" in rows[-1] else "none"),
         ("versions", ", ".join(f"{name} {number}" for name, number in start.get("versions", {}).items())),
         ("skipped volumes", str(len(skipped))),
@@ -113,7 +114,7 @@ def _header(run: Path, config: Config, rows: list[dict]) -> list[str]:
     if skipped:
         parts.append(page.folded(f"{len(skipped)} skipped volumes, with the reason", page.table(skipped.items(), ("case", "reason"))))
     now, default = config_file.flatten(config), config_file.flatten(Config())
-    changed = [(key, now[key], default[key]) for key in now if now[key] != default[key] and key != "data.root"]
+    changed = [(key, shown(now[key]), shown(default[key])) for key in now if now[key] != default[key] and key != "data.root"]
     parts.append(page.folded(f"{len(changed)} options differ from the defaults", page.table(changed, ("option", "here", "default"))))
     return parts
 
@@ -175,7 +176,7 @@ def _results(result: dict) -> list[str]:
         dice = entry["dice"]
         seeds = " ".join("-" if v is None else f"{v:.3f}" for v in entry["seeds"].values())
         weights = {"pretrained": "pre-trained", "random": "from random"}.get(entry["arm"], entry["arm"])
-        rows.append((entry["labelled"], weights, *(_shown(dice[name]) for name in classes), _interval(dice["mean"]), seeds, entry["patients"]))
+        rows.append((entry["labelled"], weights, *(_mean(dice[name]) for name in classes), _interval(dice["mean"]), seeds, entry["patients"]))
     parts = [page.table(rows, ("labelled", "weights", *classes, "mean Dice [95 % interval]", "each seed", "test patients"))]
     for difference in result["differences"]:
         text = f"{difference['labelled']} labelled: pre-trained minus random {_interval(difference, '+')} Dice, paired by patient."
@@ -183,7 +184,7 @@ def _results(result: dict) -> list[str]:
     return parts
 
 
-def _shown(interval: dict) -> str:
+def _mean(interval: dict) -> str:
     return "-" if interval["mean"] is None else f"{interval['mean']:.3f}"
 
 
@@ -204,20 +205,19 @@ def _pictures(run: Path, config: Config, count: int) -> list[str]:
     chosen = choose(prepared.cases, split, count, config.pretrain.seed)
     pairs = [make_pair(case, part, config, trained.backbone, index) for index, (part, case) in enumerate(chosen)]
     colours = Colours.fit([features for pair in pairs for features in (pair.features_1, pair.features_2)])
-    order = [*pairs, *pairs]
-    others = {
-        pair.case: other for i, pair in enumerate(pairs) if (other := next((o for o in order[i + 1 :] if o.patient != pair.patient), None)) is not None
-    }
-    scene = pictures.Scene(colours, config.loss.temperature, others)
+    following = {pair.case: [*pairs[i + 1 :], *pairs[:i]] for i, pair in enumerate(pairs)}
+    others = {case: other for case, rest in following.items() for other in rest[:1]}  # a patient has one pair
+    infonce = config.loss.method == "pix2rep" and config.loss.objective == "infonce"
+    scene = pictures.Scene(colours, config.loss.temperature if infonce else None, others)
     origin = f"Features of the backbone at step {trained.steps}, from {trained.file.name}"
     origin += "." if trained.ended else ": the run has not ended, these are its newest checkpoint's."
     shares = ", ".join(f"{share:.0%}" for share in colours.explained)
     parts = [
         page.heading("Pictures"),
         page.paragraph(
-            f"{origin} Views are drawn as in pre-training. Colours: one PCA for all pictures, so that a colour means the same everywhere; component 1 "
-            f"is lightness, 2 blue to yellow, 3 green to red ({shares} of the variance). Cosines are of features minus their mean over all pictures; "
-            "the loss sees them through the projection head, which is not used here."
+            f"{origin} Views are drawn by the run's options `spatial` and `photometric`. Colours: one PCA for all pictures, so that a colour means "
+            f"the same everywhere; component 1 is lightness, 2 blue to yellow, 3 green to red ({shares} of the variance). Cosines are of features "
+            "minus their mean over all pictures; the loss saw them through a projection head, which is not used here."
         ),
         page.table(
             [(pair.case, PARTS[pair.part], *_numbers(agreement(pair, colours))) for pair in pairs],
