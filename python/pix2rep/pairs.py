@@ -97,33 +97,37 @@ def pixels_of(grid: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def choose_points(view: np.ndarray, inside: np.ndarray, generator: torch.Generator) -> np.ndarray:
-    """Up to INSIDE pixels of view 2 [H, W] that come from inside, spread, the first where the picture changes most near the middle; then up to OUTSIDE others.
+    """Up to INSIDE pixels of view 2 [H, W] that come from inside, spread, then up to OUTSIDE others: [P, 2] int, P >= 1.
 
-    [P, 2] int, P >= 1.
+    The first is where the picture changes most, near the middle.
     """
     from scipy.ndimage import gaussian_gradient_magnitude
 
     height, width = view.shape
     edge = max(1, round(MARGIN * min(height, width)))
-    central = np.zeros_like(inside)
-    central[edge : height - edge, edge : width - edge] = True
+    row, column = np.mgrid[:height, :width]
+    border = np.minimum(np.minimum(row, height - 1 - row), np.minimum(column, width - 1 - column))  # pixels to it
     strength = gaussian_gradient_magnitude(view.astype(np.float32), 1.5)
-    row, column = ((np.arange(n) - (n - 1) / 2) / n for n in view.shape)
-    middle = np.exp(-8 * (row[:, None] ** 2 + column**2))
-    chosen: list[np.ndarray] = []
-    for wanted, count in ((inside & central, INSIDE), (~inside & central, OUTSIDE)):
-        candidates = np.argwhere(wanted if wanted.any() or chosen else np.ones_like(wanted))
-        change = strength[tuple(candidates.T)]
-        candidates = candidates[change >= np.median(change)] if len(change) else candidates  # not in empty air
-        candidates = candidates[torch.randperm(len(candidates), generator=generator).numpy()]
-        if not chosen:
-            chosen.append(candidates[(strength * middle)[tuple(candidates.T)].argmax()])
-            count -= 1
-        for _ in range(min(count, len(candidates))):
-            gap = ((candidates[:, None] - np.array(chosen)) ** 2).sum(-1).min(1)
-            if gap.max() > (APART * min(height, width)) ** 2:
-                chosen.append(candidates[gap.argmax()])
-    return np.array(chosen)
+    middle = np.exp(-8 * ((row / height - 0.5) ** 2 + (column / width - 0.5) ** 2))
+    central = inside & (border >= edge)
+    candidates = np.argwhere(central if central.any() else np.ones_like(inside))
+    change = strength[tuple(candidates.T)]
+    candidates = candidates[change >= np.median(change)]  # not in empty air
+    chosen = [candidates[(strength * middle)[tuple(candidates.T)].argmax()]]
+    chosen += _spread(candidates, chosen, INSIDE - 1, APART * min(height, width), generator)
+    return np.array(chosen + _spread(np.argwhere(~inside & (border >= edge // 2)), chosen, OUTSIDE, edge, generator))
+
+
+def _spread(candidates: np.ndarray, taken: list[np.ndarray], count: int, apart: float, generator: torch.Generator) -> list[np.ndarray]:
+    """Up to `count` of the candidates [K, 2], each the farthest from those before it, and at least `apart` pixels."""
+    order = torch.randperm(len(candidates), generator=generator).numpy()  # among equally far ones
+    candidates, found = candidates[order], []
+    while len(found) < count and len(candidates):
+        gap = np.min([np.hypot(*(candidates - point).T) for point in (*taken, *found)], axis=0)
+        if gap.max() < apart:
+            break
+        found.append(candidates[gap.argmax()])
+    return found
 
 
 @dataclass(frozen=True)
