@@ -137,7 +137,8 @@ def _point(axis, x: float, y: float, number: int, colour: str, inside: bool, in_
         kind = {"marker": "X", "facecolors": "white", "edgecolors": "black", "s": 120}
     axis.scatter(x, y, linewidths=1, zorder=3, clip_on=True, **kind)
     ink = "black" if in_plane or not inside else colour
-    shift = (0, 0) if inside else (9, 0)
+    towards_middle = -9 if x > sum(axis.get_xlim()) / 2 else 9
+    shift = (0, 0) if inside else (towards_middle, 0)
     outline = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"} if not inside else None
     axis.annotate(
         str(number), (x, y), shift, textcoords="offset points", ha="center", va="center_baseline", fontsize=7, color=ink, fontweight="bold",
