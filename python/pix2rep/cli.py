@@ -215,6 +215,19 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write; default: RUN/report.html.", show_default=False)] = None,
+    cases: Annotated[int, typer.Option(min=1, help="Patients of each part, pre-training and validation, to show pictures of.")] = 2,
+) -> None:
+    """Write one HTML file of RUN: curves, pictures of its features, and the downstream results that there are."""
+    _show_logging()
+    from pix2rep.run_report import write
+
+    typer.echo(write(run, out, cases))
+
+
+@app.command()
 def compare(
     plan: Annotated[str, typer.Argument(metavar="PLAN", help="YAML file, or the name of a packaged plan.", show_default=False)],
     overrides: Overrides = None,
