@@ -1,9 +1,10 @@
 """One file a paper: which views, which heads, one step."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pix2rep.config import Config
+from pix2rep.config import Config, from_dict
 
 if TYPE_CHECKING:
     from torch import nn
@@ -12,17 +13,4 @@ if TYPE_CHECKING:
 
 METHODS = {
     "pix2rep": "Pix2Rep",
-    "lrc": "Lrc",
-}
-
-
-def method_class(name: str) -> "type[Method]":
-    """The method named by loss.method. Raises ValueError for an unknown one."""
-    if name not in METHODS:
-        raise ValueError(f"loss.method must be one of {', '.join(METHODS)}, got {name!r}")
-    return getattr(import_module(f"pix2rep.methods.{name}"), METHODS[name])
-
-
-def build_method(config: Config, backbone: "nn.Module") -> "Method":
-    """The method named by loss.method with fresh heads for the backbone. Raises ValueError for an unknown one, or options that it refuses."""
-    return method_class(config.loss.method)(config, backbone)
+    "bim": "BIM",
