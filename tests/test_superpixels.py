@@ -107,6 +107,12 @@ def test_one_image_has_one_segmentation():
     assert all(torch.equal(other, labels) for other in found)
 
 
+def test_extreme_values():
+    image = torch.tensor([[1e300, -1e300, 0.0, 1e-300], [1.0, 1e39, -1e39, 5e-324]], dtype=torch.double)  # beyond float32, and below it
+    assert felzenszwalb(image, scale=1, sigma=0, min_size=0).tolist() == [[0, 1, 2, 2], [3, 4, 5, 2]]
+    assert felzenszwalb(image, scale=1, sigma=1e-200, min_size=99).max() == 0
+
+
 def test_what_is_empty_or_flat():
     assert felzenszwalb(torch.zeros(0, 4)).shape == (0, 4)
     assert felzenszwalb(torch.full((3, 4, 5), 0.5)).max() == 0
@@ -141,5 +147,6 @@ def test_the_op_itself_refuses_what_it_cannot_read():
     }.items():  # fmt: skip
         with pytest.raises(RuntimeError, match=f"`{argument}` must .*, got "):
             op(*call)
-    with pytest.raises(RuntimeError, match="`image` must .*, got "):
-        op(good[None, None], 0.1, [0, 0], 3)
+    for image in (good[None, None], good + torch.nan, good - torch.inf, good + 1.7e308):
+        with pytest.raises(RuntimeError, match="`image` must .*, got "):
+            op(image, 0.1, [0, 0], 3)

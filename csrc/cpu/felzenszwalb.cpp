@@ -28,7 +28,8 @@ Tensor segment(Tensor image, double scale, std::vector<double> sigma, int64_t mi
   const Tensor given = torch::stable::contiguous(image);
   const Scratch<double> blurred(grid.voxels());
   std::copy_n(data<double>(given), grid.voxels(), blurred.get());
-  for (int64_t i = 0; i < grid.voxels(); ++i) PIX2REP_EXPECT(std::isfinite(blurred.get()[i]), "image", "be finite", blurred.get()[i], " at element ", i);
+  for (int64_t i = 0; i < grid.voxels(); ++i)  // differences must be finite too
+    PIX2REP_EXPECT(std::fabs(blurred.get()[i]) <= 1e300, "image", "be finite, -1e300 to 1e300", blurred.get()[i], " at element ", i);
   blur(blurred.get(), grid, {solid ? sigma[0] : 0.0, sigma[size_t(axes - 2)], sigma[size_t(axes - 1)]});
   felzenszwalb(blurred.get(), grid, scale, min_size, mutable_data<int32_t>(labels));
   return labels;

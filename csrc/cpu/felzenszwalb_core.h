@@ -52,14 +52,14 @@ inline void blur_axis(const double* from, int64_t outer, int64_t n, int64_t inne
     }
 }
 
-// Blurs `image` in place; an axis of one voxel or with sigma 0 stays as it is.
+// Blurs `image` in place; an axis of one voxel or without a deviation stays as it is.
 inline void blur(double* image, const Grid& grid, const std::array<double, 3>& sigma) {
   const Scratch<double> other(grid.voxels());
   const int64_t size[3] = {grid.depth, grid.height, grid.width};
   int64_t outer = 1, inner = grid.voxels();
   for (int axis = 0; axis < 3; ++axis) {
     inner /= size[axis];
-    if (size[axis] > 1 && sigma[size_t(axis)] > 0) {
+    if (size[axis] > 1 && sigma[size_t(axis)] > 1e-15) {  // its square must not vanish
       blur_axis(image, outer, size[axis], inner, sigma[size_t(axis)], other.get());
       std::copy_n(other.get(), grid.voxels(), image);
     }
@@ -120,7 +120,8 @@ void each_edge(const Grid& grid, const F& f) {
             f(voxel, d);
 }
 
-// labels [voxels]: components numbered from 0 in the order of their first voxels; returns how many. image: finite, at most 2^32 / 13 voxels.
+// labels [voxels]: components numbered from 0 in the order of their first voxels; returns how many. image: at most 2^32 / 13 voxels,
+// differences finite.
 // Edges of equal cost are taken in the order of their first voxel, then of their second.
 inline int64_t felzenszwalb(const double* image, const Grid& grid, double k, int64_t least, int32_t* labels) {
   const auto next = neighbours(grid);

@@ -57,7 +57,7 @@ def prepared(volumes, tmp_path_factory):
     return prepare(discover(volumes), load(None, TINY).data, tmp_path_factory.mktemp("cache"))
 
 
-def batch_of(config, size=3):
+def batch_of(config, size=2):
     """Noise, and blocks for superpixels: 0 to 3 a quarter, -1 on the rim."""
     shape = config.data.size
     generator = torch.Generator().manual_seed(5)
@@ -133,17 +133,17 @@ def test_one_step_is_the_formula(extra):
         generator = torch.Generator().manual_seed(1)
         method.photometric(batch.images, generator), method.photometric(batch.images, generator)
         grid = method.spatial(len(batch.images), config.data.size, generator)
-        points = F.affine_grid(grid.double(), batch.images.shape, align_corners=True)
-        view_k = F.grid_sample(batch.images, points.to(batch.images.dtype), align_corners=True)
+        points = F.affine_grid(grid, batch.images.shape, align_corners=True)
+        view_k = F.grid_sample(batch.images, points.double(), align_corners=True)
         regions_k = warp_labels(batch.regions + 1, grid) - 1
-        assert (regions_k == -1).sum() > (batch.regions == -1).sum() and len(regions_k.unique()) > 2
+        assert not torch.equal(regions_k, batch.regions) and len(regions_k.unique()) > 2
     expected = plain_loss(config, twin, twin_method, batch.images, view_k, batch.regions, regions_k)
     expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)  # the grid is float32
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     trained = [*backbone.parameters(), *(p for p in method.parameters() if p.requires_grad)]
     theirs = [*twin.parameters(), *(p for p in twin_method.parameters() if p.requires_grad)]
     for mine, other in zip(trained, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-7, atol=1e-12)
     assert all(p.grad is None for p in method.momentum.parameters())
     assert stats["regions"] > 1 and ("loss_global" in stats) == (config.lrc.global_weight > 0)
     assert method.step(backbone, batch, torch.Generator().manual_seed(1))[1] == {}
@@ -182,7 +182,7 @@ def test_only_the_local_loss_takes_any_backbone():
 
 @pytest.mark.parametrize("extra", [[], SOLID], ids=["2d", "3d"])
 def test_loss_falls(prepared, extra):
-    config = load(None, [*TINY, *PLAIN, *extra, "lrc.momentum=0.9", "lrc.warp=false", "lrc.num_samples=20", "pretrain.lr=1e-2", "pretrain.steps=10"])
+    config = load(None, [*TINY, *PLAIN, *extra, "lrc.momentum=0", "lrc.warp=false", "lrc.num_samples=null", "pretrain.lr=1e-2"])
     training = Training(config, CPU, SliceSource(prepared, prepared.patients, config.data.size))
     with contextlib.closing(training.batches(0)) as batches:
         batch = next(batches)
@@ -216,7 +216,7 @@ def test_superpixels_are_made_once_and_anew_where_options_or_files_change(prepar
     options = load(None, [*TINY, "lrc.superpixel_scale=21"]).lrc  # no other test's
     superpixels, case = Superpixels(options, 2), prepared.cases[0]
     assert superpixels.make(prepared.cases, workers=2) == 5
-    labels = superpixels.open(case)
+    labels = np.array(superpixels.open(case))
     assert labels.dtype == np.uint16 and labels.shape == case.shape
     for z in (0, 5):
         slice_ = torch.from_numpy(np.array(case.image()[z]))

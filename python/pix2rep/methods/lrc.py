@@ -23,7 +23,7 @@ from pix2rep.views.spatial import SpatialView, warp_image, warp_labels
 from pix2rep_kernels import LocalRegionContrastLoss, pool
 
 
-class Lrc(Method):
+class LRC(Method):
     """Views, losses, moving average and queue of LRC, from a Config (sections lrc, spatial, photometric, network.dims, loss.backend)."""
 
     needs = frozenset({"regions"})
