@@ -66,7 +66,7 @@ def _size(volumes, _, data):
             f" data.size={better} is the median's, in whole sixteens", small if len(small) < len(volumes) else (),
         )  # fmt: skip
     kept = np.median(np.minimum(sizes, (height, width)).prod(1) / sizes.prod(1))
-    if kept < CROPPED:
+    if kept < CROPPED and len(data.size) == 2:  # in 3D patches go everywhere
         yield f"the crop data.size={given} keeps {100 * kept:.0f} % of the median slice: enlarge it, or coarsen with data.spacing", ()
 
 

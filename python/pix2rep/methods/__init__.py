@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 METHODS = {
     "pix2rep": "Pix2Rep",
     "bim": "BIM",
-    "lrc": "Lrc",
+    "lrc": "LRC",
     "pgl": "PGL",
 }
 
