@@ -168,7 +168,7 @@ def test_crops_are_resized_cuts_and_boxes_say_what_both_see(prepared):
 def smooth(tmp_path):
     """A data set of one smooth volume, 40 x 36 x 15 voxels of 1.5 x 1.5 x 6 mm, labelled where it is bright."""
     x, y, z = np.meshgrid(*(np.arange(n) for n in (40, 36, 15)), indexing="ij")
-    image = 1000 * np.exp(-(((x - 19) / 9) ** 2 + ((y - 17) / 8) ** 2 + ((z - 7) / 3.2) ** 2))
+    image = 1000 * np.exp(-(((x - 16) / 9) ** 2 + ((y - 14) / 8) ** 2 + ((z - 5) / 3) ** 2))
     for folder, array in (("imagesTr", image.astype(np.int16)), ("labelsTr", (image > 500).astype(np.uint8))):
         (tmp_path / "data" / folder).mkdir(parents=True)
         nib.save(nib.Nifti1Image(array, np.diag([-1.5, -1.5, 6.0, 1.0])), tmp_path / "data" / folder / "a.nii.gz")
@@ -180,6 +180,12 @@ class Bright(torch.nn.Module):
 
     def forward(self, x):
         return torch.cat([torch.zeros_like(x), 40 * (x - 0.5)], 1)
+
+
+def centroid(array, spacing) -> list[float]:
+    """Where the intensities lie on average, mm from the first face along each axis."""
+    weights = np.asarray(array, np.float64) / np.sum(array, dtype=np.float64)
+    return [np.tensordot(weights.sum(tuple({0, 1, 2} - {axis})), (np.arange(n) + 0.5) * spacing[axis], 1) for axis, n in enumerate(array.shape)]
 
 
 def study_of(root, config: Config) -> Study:
@@ -196,6 +202,8 @@ def test_resampling_along_every_axis_and_back(smooth, spacing):
     assert case.shape == case.labels().shape == tuple(np.round(extent / spacing).astype(int))
     np.testing.assert_allclose(np.array(case.shape) * case.spacing, extent)
     assert case.native_shape == (15, 36, 40)
+    native = nib.as_closest_canonical(nib.load(smooth / "imagesTr/a.nii.gz")).get_fdata().T
+    np.testing.assert_allclose(centroid(case.image(), case.spacing), centroid(native, (6, 1.5, 1.5)), atol=0.15)  # mm
     bright = case.image() > 0.5
     assert metrics.dice(bright.astype(np.uint8), np.asarray(case.labels()), 1)[0] > 0.85  # labels went along
     truth = nib.as_closest_canonical(nib.load(smooth / "labelsTr/a.nii.gz")).get_fdata().T.astype(np.uint8)
