@@ -12,9 +12,10 @@ from pix2rep_kernels.ops.joint import joint
 from pix2rep_kernels.ops.lncc import lncc
 from pix2rep_kernels.ops.pool import pool
 from pix2rep_kernels.ops.warp import warp
+from pix2rep_kernels.superpixels import felzenszwalb
 
 __version__ = "0.1.0"
 __all__ = [
-    "BoundaryInfoMaxLoss", "LocalRegionContrastLoss", "Pix2RepLoss", "PriorGuidedLocalLoss", "align", "box_grid", "crosscorr", "infonce", "joint", "lncc",
-    "pool", "warp", "why_not",
+    "BoundaryInfoMaxLoss", "LocalRegionContrastLoss", "Pix2RepLoss", "PriorGuidedLocalLoss", "align", "box_grid", "crosscorr", "felzenszwalb", "infonce",
+    "joint", "lncc", "pool", "warp", "why_not",
 ]  # fmt: skip

@@ -68,9 +68,9 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 def run_tiny(words):
     command = words[0]
     if command == "phantom":
-        words = [words[0], words[1], "--patients", "6", "--size", "32"]
+        words = [*words, "--patients", "6", "--size", "32"]
     elif command == "pretrain":
-        words = [*words, *TINY["pretrain"].split()]
+        words = [*words, *TINY["pretrain"].split(), *(["data.size=16,32,32"] if {"pgl", "network.dims=3"} & set(words) else [])]
     elif command in ("probe", "finetune", "evaluate"):
         words = [*words, *TINY["downstream"].split()]
     result = CliRunner().invoke(app, words)

@@ -18,9 +18,13 @@ from pix2rep.disk import atomic
 if TYPE_CHECKING:  # torch is imported where it is used: config.save comes through here
     import torch
 
-FORMAT = 1
+FORMAT = 2  # 1 had Pix2Rep's "head" in place of "method"
 
 log = logging.getLogger(__name__)
+
+
+class OtherFormat(ValueError):
+    """A checkpoint that another version of this package wrote."""
 
 
 def save(run: str | Path, state: dict[str, Any], keep: int) -> Path:
@@ -65,7 +69,7 @@ def last(run: str | Path) -> Path | None:
 def newest(run: str | Path) -> tuple[Path, dict[str, Any]] | None:
     """Path and state of last.pt or, where it is missing or damaged, of the newest step_*.pt that loads; None before the first one.
 
-    A damaged file is said in a warning. Raises ValueError when all are damaged.
+    A damaged file is said in a warning. Raises ValueError when all are damaged, OtherFormat for one that is whole but of another version.
     """
     first = last(run)
     if first is None:
@@ -74,6 +78,8 @@ def newest(run: str | Path) -> tuple[Path, dict[str, Any]] | None:
     for path in same:
         try:
             state = load(path)
+        except OtherFormat:
+            raise
         except ValueError as error:
             log.warning("%s", error)
             failed = error
@@ -85,7 +91,7 @@ def newest(run: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load(path: str | Path, device: "str | torch.device" = "cpu") -> dict[str, Any]:
-    """What `save` wrote. Raises ValueError when the file is damaged or of another format."""
+    """What `save` wrote. Raises ValueError when the file is damaged, OtherFormat when another version wrote it."""
     import torch
 
     try:
@@ -95,9 +101,13 @@ def load(path: str | Path, device: "str | torch.device" = "cpu") -> dict[str, An
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # zip, pickle and OS errors alike mean that this file cannot be resumed from
         raise ValueError(f"checkpoint must be a file written by pix2rep pretrain, cannot read {path}: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"checkpoint must have format {FORMAT}, got {found} in {path}")
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"checkpoint must be a file written by pix2rep pretrain, got a {type(state).__name__} without a format in {path}")
+    if state["format"] != FORMAT:
+        raise OtherFormat(
+            f"checkpoint must have format {FORMAT} to be resumed, got {state['format']} in {path}: another version of pix2rep wrote it"
+            " (a weights.safetensors of any version can be used)"
+        )
     return state
 
 
@@ -145,3 +155,27 @@ def load_backbone(run: str | Path, device: "str | torch.device" = "cpu") -> "tup
     backbone = build_backbone(config.network).to(device)
     backbone.load_state_dict(weights)
     return backbone.eval(), config
+
+
+def load_weights(backbone: "torch.nn.Module", path: str | Path, option: str) -> None:
+    """Load a backbone's weights from a weights.safetensors, or from a saved downstream model, whose head is left out.
+
+    Raises FileNotFoundError, or ValueError naming `option` for a file that is no safetensors or has not exactly the backbone's tensors.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{option} must be a safetensors file, found no {path}")
+    try:
+        found = load_file(path)
+    except Exception as error:  # safetensors has an error of its own for each way in which a file is not one
+        raise ValueError(f"{option} must be a safetensors file, cannot read {path}: {error}") from error
+    wanted = backbone.state_dict()
+    if not found.keys() & wanted.keys():
+        found = {name.removeprefix("backbone."): value for name, value in found.items() if name.startswith("backbone.")}
+    other = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
+    other += [name for name in found if name not in wanted]
+    if other:
+        raise ValueError(f"{option} must hold the weights of this network, {len(wanted)} tensors, got others in {path}: {', '.join(other[:5])}")
+    backbone.load_state_dict(found)

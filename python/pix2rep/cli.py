@@ -1,5 +1,6 @@
 """The command `pix2rep`. Every command imports what it needs when it runs: `--help` must not wait for PyTorch."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,10 @@ Overrides = Annotated[
 ]
 
 
+class Kind(str, Enum):
+    heart, ct = "heart", "ct"
+
+
 @app.callback()
 def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     pass
@@ -52,14 +57,18 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write to.", show_default=False)],
-    patients: Annotated[int, typer.Option(min=1, help="Patients, two volumes each.")] = 40,
+    kind: Annotated[Kind, typer.Option(help="Cardiac short-axis MR, two volumes a patient, or abdominal CT in 3D, one.")] = Kind.heart,
+    patients: Annotated[int, typer.Option(min=1, help="Patients.")] = 40,
     size: Annotated[int, typer.Option(min=32, help="Pixels a side of a slice.")] = 96,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Write a labelled set of synthetic cardiac short-axis volumes (ACDC's layout)."""
-    from pix2rep.data.phantom import write_phantoms
+    """Write a labelled set of synthetic volumes: cardiac short-axis (ACDC's layout) or CT (imagesTr, labelsTr)."""
+    if kind is Kind.ct:
+        from pix2rep.data.phantom_ct import write_ct_phantoms as write
+    else:
+        from pix2rep.data.phantom import write_phantoms as write
 
-    files = write_phantoms(out, patients=patients, seed=seed, size=size)
+    files = write(out, patients=patients, seed=seed, size=size)
     typer.echo(f"{len(files)} files of {patients} patients in {out}", err=True)
 
 
@@ -203,6 +212,19 @@ def evaluate(
     from pix2rep.evaluate import run as evaluate_run
 
     evaluate_run(run, config, predictions=predictions)
+
+
+@app.command()
+def report(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write; default: RUN/report.html.", show_default=False)] = None,
+    cases: Annotated[int, typer.Option(min=1, help="Patients of each part, pre-training and validation, to show pictures of.")] = 2,
+) -> None:
+    """Write one HTML file of RUN: curves, pictures of its features, and the downstream results that there are."""
+    _show_logging()
+    from pix2rep.run_report import write
+
+    typer.echo(write(run, out, cases))
 
 
 @app.command()

@@ -27,7 +27,7 @@ from pix2rep.compare_time import matched_steps
 from pix2rep.config import Config
 from pix2rep.data.cache import Prepared, prepare
 from pix2rep.data.discover import discover
-from pix2rep.data.slices import SliceSource
+from pix2rep.data.patches import open_source
 from pix2rep.data.splits import PARTS, labelled_patients, make_split, read_split, warn_of_shared_images, write_split
 from pix2rep.log import say
 from pix2rep.plan import Plan, plan_of, to_dict
@@ -162,7 +162,7 @@ class Comparison:
             if name not in self.matched:
                 if self.threads:
                     torch.set_num_threads(self.threads)
-                source = SliceSource(self.study.prepared, patients, self.plan.base.data.size)
+                source = open_source(self.study.prepared, patients, self.plan.base)
                 inputs, configs = self._timed(name), (self.config(method.match_time, 0), self.config(name, 0))
                 timed = {"reference": method.match_time, "inputs": inputs, "threads": torch.get_num_threads()} | matched_steps(*configs, source)
                 records.write(file, (records.read(file) or {}) | {name: timed})

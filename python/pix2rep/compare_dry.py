@@ -10,7 +10,7 @@ from pix2rep.compare import Comparison
 from pix2rep.compare_jobs import Job
 from pix2rep.compare_report import show_jobs
 from pix2rep.compare_time import quick_seconds_a_step
-from pix2rep.data.slices import SliceSource
+from pix2rep.data.patches import open_source
 from pix2rep.log import say
 from pix2rep.plan import Plan
 
@@ -41,7 +41,7 @@ def _estimates(comparison: Comparison, jobs: list[Job]) -> list[str]:
     """How long `jobs` may take: pre-training by a few steps timed here, cells by those that are finished."""
     lines, source, seconds = [], None, 0.0
     for name in dict.fromkeys(job.method for job in jobs if job.task == "pretrain"):
-        source = source or SliceSource(comparison.study.prepared, comparison.study.split["pretrain"], comparison.plan.base.data.size)
+        source = source or open_source(comparison.study.prepared, comparison.study.split["pretrain"], comparison.plan.base)
         config, own = comparison.config(name, 0), sum(job.task == "pretrain" and job.method == name for job in jobs)
         one = quick_seconds_a_step(config, source)
         seconds += own * one * config.pretrain.steps

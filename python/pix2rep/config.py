@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from pix2rep.method_config import BimConfig, LrcConfig, PglConfig
 from pix2rep.typed import ConfigError, Loader, parsed, shown, typed
 
 
@@ -21,9 +22,10 @@ from pix2rep.typed import ConfigError, Loader, parsed, shown, typed
 class DataConfig:
     root: str = ""  # folder of volumes: ACDC layout, imagesTr/labelsTr, or any folder of .nii / .nii.gz
     cache: str | None = None  # where prepared volumes lie; default: RUN/cache
-    size: tuple[int, ...] = (128, 128)  # in-plane crop or pad, pixels
-    spacing: tuple[float, ...] | None = None  # in-plane resampling, mm; None keeps the scanner's
+    size: tuple[int, ...] = (128, 128)  # in-plane crop or pad, pixels; 3D: D, H, W of the patches that are read
+    spacing: tuple[float, ...] | None = None  # resampling, mm along H, W, or Z, H, W; None keeps the scanner's
     percentiles: tuple[float, float] = (1.0, 99.0)  # intensities are clipped to these, then scaled to [0, 1], volume by volume
+    window: tuple[float, float] | None = None  # the same range for every volume instead, such as -1024,325 HU
     roi: Literal["centre", "gt"] = "centre"  # crop; "gt": box of the labels plus `roi_margin` (as the official code; leaks labels)
     roi_margin: int = 10  # pixels
     classes: tuple[str, ...] = ()  # names of labels 1..K; empty: read from dataset.json, else "1", "2", …
@@ -84,7 +86,9 @@ class NetworkConfig:
 
 @dataclass
 class LossConfig:
-    method: str = "pix2rep"
+    """`method` and `backend` are every method's; the rest is pix2rep's. The others have sections of their own."""
+
+    method: str = "pix2rep"  # or "bim"
     objective: Literal["infonce", "barlow"] = "infonce"
     temperature: float = 0.53  # of infonce
     lambda_param: float = 5e-3  # of barlow: weight of the entries off the diagonal
@@ -97,9 +101,11 @@ class LossConfig:
 
 @dataclass
 class PretrainConfig:
+    init: str | None = None  # backbone to begin with: a run's weights.safetensors or a probed or fine-tuned model's; null: random
     steps: int = 10_000
     batch_size: int = 8
     accumulate: int = 1  # micro-batches of batch_size a step; negatives stay inside a micro-batch
+    optimizer: Literal["adamw", "radam", "sgd", "lars"] = "adamw"
     lr: float = 4.7e-4
     weight_decay: float = 0.0
     warmup: float = 0.0  # share of steps, linear from 0
@@ -108,7 +114,7 @@ class PretrainConfig:
     clip_grad: float | None = None  # largest L2 norm of the gradient; null: not clipped
     device: str = "auto"  # "auto": cuda where there is one | "cpu" | "cuda:1" …
     threads: int | None = None  # CPU threads; null: what PyTorch chooses
-    compile: bool = False  # torch.compile of backbone and head
+    compile: bool = False  # torch.compile of backbone and heads
     deterministic: bool = False  # bitwise repeatable on CUDA too, slower; the CPU always is, for one number of threads
     seed: int = 0
     log_every: int = 10  # steps; finiteness is checked then, and before each checkpoint
@@ -134,6 +140,8 @@ class DownstreamConfig:
     augment_rotation: float = 45.0  # degrees, U(-r, r); flips as in `spatial`
     augment_scale: tuple[float, float] = (0.7, 1.0)  # crop scale, U
     augment_translation: float = 0.1  # share of half the image, U(-t, t) per axis
+    sliding_window: bool = True  # 3D: windows of data.size over whole volumes; false: their centre crop only
+    sliding_overlap: float = 0.5  # share of a window, 0 to under 1
     overlays: int = 6  # pictures a run
     bootstrap: int = 2000  # resamples of patients for the 95 % interval
 
@@ -146,10 +154,14 @@ class Config:
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    bim: BimConfig = field(default_factory=BimConfig)
+    lrc: LrcConfig = field(default_factory=LrcConfig)
+    pgl: PglConfig = field(default_factory=PglConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
 
 
+METHOD_PARTS = ("bim", "lrc", "pgl")
 PRESETS = Path(__file__).with_name("configs")
 
 
@@ -228,9 +240,11 @@ def check(config: Config) -> None:
         (len(config.data.size) == dims, "data.size", f"{dims} numbers (network.dims = {dims})"),
         (config.split.val + config.split.test < 1, "split.val", f"under 1 with split.test = {config.split.test:g}"),
         (config.loss.temperature > 0, "loss.temperature", "above 0"),
+        (0 <= config.downstream.sliding_overlap < 1, "downstream.sliding_overlap", "at least 0 and under 1"),
         (config.pretrain.lr > 0, "pretrain.lr", "above 0"),
         (config.pretrain.warmup <= 1, "pretrain.warmup", "a share of the steps, 0 to 1"),
         (config.pretrain.clip_grad is None or config.pretrain.clip_grad > 0, "pretrain.clip_grad", "above 0, or null"),
+        *((holds, f"{part}.{key}", expected) for part in METHOD_PARTS for holds, key, expected in getattr(config, part).checks()),
     ):
         if not holds:
             raise ConfigError(f"{key} must be {expected}, got {shown(value[key])}")

@@ -17,12 +17,14 @@ from pix2rep import disk, evaluate, finetune, log, metrics, overlay, probe, repo
 from pix2rep.checkpoint import load_backbone
 from pix2rep.config import Config
 from pix2rep.data.cache import PreparedCase
-from pix2rep.data.slices import SliceSource, StepSampler
+from pix2rep.data.patches import open_source
+from pix2rep.data.slices import StepSampler
 from pix2rep.data.splits import labelled_patients
 from pix2rep.networks import Segmenter, build_backbone
 from pix2rep.study import Study, open_study
 
-SETTLING_BATCHES = 32  # batches of 16 images that estimate the random arm's BatchNorm statistics
+SETTLING_BATCHES = 32  # batches that estimate BatchNorm statistics
+SETTLING_IMAGES = {2: 16, 3: 2}  # in each, by dimensions
 OWN = ("results.*", "models/*.safetensors", "overlays/*.png")  # what a run writes into RUN/<what>
 
 
@@ -81,6 +83,9 @@ def one_model(backbone, study: Study, entry: dict, validation: list[PreparedCase
     every setting diverged.
     """
     train = _probe if entry["what"] == "probe" else _finetune
+    seen = [bool(m.num_batches_tracked) for m in _batch_norms(backbone)]
+    if any(seen) and not all(seen):  # a method that trains the encoder alone leaves the decoder's layers without statistics
+        backbone = settled(backbone, study, entry["seed"])
     model, choice = train(backbone, study, study.labelled(entry["patients"]), validation, entry["seed"])
     entry = entry | choice
     predictions = {case.id: evaluate.predict_case(model, case, study) for case in test}
@@ -92,22 +97,33 @@ def random_backbone(study: Study, seed: int):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone = build_backbone(study.config.network).to(study.device)
-    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    return settled(backbone, study, seed)
+
+
+@torch.no_grad()
+def settled(backbone, study: Study, seed: int):
+    """The backbone in eval mode, with statistics for the BatchNorm layers that saw no batch, estimated on unlabelled pre-training images."""
+    norms = [m for m in _batch_norms(backbone) if not m.num_batches_tracked]
     if not norms:
-        return backbone
-    source = SliceSource(study.prepared, study.split["pretrain"], study.config.data.size)
-    sampler = StepSampler(len(source), 16, seed)
+        return backbone.eval()
+    source = open_source(study.prepared, study.split["pretrain"], study.config)
+    sampler = StepSampler(len(source), SETTLING_IMAGES[len(source.size)], seed)
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
         m.momentum = None  # plain average over the batches
-    backbone.train()
-    with torch.no_grad():
-        for step in range(SETTLING_BATCHES):
-            backbone(source.batch(sampler.indices(step))[0].to(study.device))
+    backbone.eval()
+    for m in norms:
+        m.train()
+    for step in range(SETTLING_BATCHES):
+        backbone(source.at(step).batch(sampler.indices(step))[0].to(study.device))
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     return backbone.eval()
+
+
+def _batch_norms(backbone) -> list:
+    return [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
 
 
 def validation_dice(prediction: np.ndarray, labels: np.ndarray, cases: list[PreparedCase], classes: int) -> float:
@@ -118,21 +134,34 @@ def validation_dice(prediction: np.ndarray, labels: np.ndarray, cases: list[Prep
     return metrics.nanmean([metrics.dice(p, t, classes) for p, t in pairs])
 
 
+def whole_volume_dice(model, study: Study, cases: list[PreparedCase]) -> float:
+    """Mean 3D Dice over volumes and classes on the prepared grid, by `evaluate.predict_prepared`."""
+    classes = len(study.classes)
+    return metrics.nanmean([metrics.dice(evaluate.predict_prepared(model, case, study), np.asarray(case.labels()), classes) for case in cases])
+
+
 def _probe(backbone, study: Study, labelled: list[PreparedCase], validation: list[PreparedCase], seed: int):
     """The best linear layer on frozen features: (Segmenter, {settings, "validation_dice"})."""
     classes = len(study.classes)
     images, labels = study.stack(labelled)
     rows, targets = probe.labelled_pixels(backbone, images, labels, torch.Generator().manual_seed(seed))
     settings, weight, bias = probe.fit(rows, targets, classes, study.config.downstream, seed)
-    images, labels = study.stack(validation)
-    predictions, truth = probe.predict_all(backbone, images, weight, bias), labels.cpu().numpy()
-    scores = [validation_dice(p, truth, validation, classes) for p in predictions]
-    best = int(np.nanargmax(np.nan_to_num(scores, nan=-1.0)))
     model = Segmenter(copy.deepcopy(backbone), classes + 1, study.config.network.dims).to(study.device)
-    with torch.no_grad():
-        model.head.weight.copy_(weight[best].view_as(model.head.weight))
-        model.head.bias.copy_(bias[best])
-    return model, {**settings[best], "validation_dice": scores[best]}
+
+    def take(setting: int) -> Segmenter:
+        with torch.no_grad():
+            model.head.weight.copy_(weight[setting].view_as(model.head.weight))
+            model.head.bias.copy_(bias[setting])
+        return model
+
+    if study.slides:
+        scores = [whole_volume_dice(take(k), study, validation) for k in range(len(settings))]
+    else:
+        images, labels = study.stack(validation)
+        predictions, truth = probe.predict_all(backbone, images, weight, bias), labels.cpu().numpy()
+        scores = [validation_dice(p, truth, validation, classes) for p in predictions]
+    best = int(np.nanargmax(np.nan_to_num(scores, nan=-1.0)))
+    return take(best), {**settings[best], "validation_dice": scores[best]}
 
 
 def _finetune(backbone, study: Study, labelled: list[PreparedCase], validation: list[PreparedCase], seed: int):
@@ -140,16 +169,23 @@ def _finetune(backbone, study: Study, labelled: list[PreparedCase], validation: 
     diverged.
     """
     images, labels = study.stack(labelled)
-    seen, truth = study.stack(validation)
-    truth = truth.cpu().numpy()
+    spacing = np.median([case.spacing for case in labelled], axis=0)[-images.ndim + 2 :]
+    if study.slides:
 
-    def validate(model):
-        return validation_dice(finetune.predict(model, seen), truth, validation, len(study.classes))
+        def validate(model):
+            return whole_volume_dice(model, study, validation)
+
+    else:
+        seen, truth = study.stack(validation)
+        truth = truth.cpu().numpy()
+
+        def validate(model):
+            return validation_dice(finetune.predict(model, seen), truth, validation, len(study.classes))
 
     best = None
     for lr in study.config.downstream.finetune_lr:
         model = finetune.build(backbone, len(study.classes), study.config.network.dims, seed).to(study.device)
-        score, step = finetune.fit(model, images, labels, lr, study.config, seed, validate)
+        score, step = finetune.fit(model, images, labels, lr, study.config, seed, validate, tuple(spacing) if images.ndim == 5 else None)
         if math.isnan(score):
             log.say(f"downstream.finetune_lr {lr:g}: the loss is not finite, setting dropped")
         elif best is None or score > best[1]["validation_dice"]:

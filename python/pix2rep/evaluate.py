@@ -4,15 +4,18 @@ files.
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.inferers import sliding_window_inference
 from nibabel.affines import voxel_sizes
 
 from pix2rep import metrics, report
 from pix2rep.config import Config
+from pix2rep.data.arrays import resize_depth
 from pix2rep.data.cache import PreparedCase
 from pix2rep.data.nifti import save_like
 from pix2rep.networks import Segmenter, build_backbone
@@ -20,28 +23,54 @@ from pix2rep.study import Study, open_study
 
 KINDS = ("probe", "finetune")
 SLICES = 32  # at once through the network
+WINDOWS = 2  # of a sliding window, likewise
 
 
 def predict_case(model, case: PreparedCase, study: Study) -> np.ndarray:
-    """Labels of one volume on its source's own grid, uint8 [Z, H, W] in canonical axes; outside the centre crop to data.size: background.
+    """Labels of one volume on its source's own grid, uint8 [Z, H, W] in canonical axes. Where the study does not slide: background outside
+    the centre crop to data.size.
 
     Probabilities are resampled linearly and the largest wins: labels resampled themselves would carry the prepared grid's steps.
     """
-    model.eval()
-    images = torch.from_numpy(study.items(case, "image").astype(np.float32))[:, None]
     whole = np.zeros(case.native_shape, np.uint8)
     (z0, z1), (y0, y1), (x0, x1) = case.crop
-    found = []
-    with torch.no_grad():
-        for batch in images.split(SLICES):
-            p = _fit(model(batch.to(study.device)).float().softmax(1)[:, 1:], case.shape[5 - batch.ndim :])
-            if batch.ndim == 5:
-                p = p[0].transpose(0, 1)  # [Z, K, H, W]
-            p = F.interpolate(p, (y1 - y0, x1 - x0), mode="bilinear", align_corners=False, antialias=True)
-            best, label = p.max(1)
-            found.append(torch.where(best > 1 - p.sum(1), label + 1, 0).byte().cpu().numpy())
-    whole[z0:z1, y0:y1, x0:x1] = np.concatenate(found)
+    parts = probabilities(model, case, study)
+    if case.shape[0] != z1 - z0:
+        parts = resize_depth(torch.cat(list(parts)), z1 - z0).split(SLICES)
+    parts = (F.interpolate(p, (y1 - y0, x1 - x0), mode="bilinear", align_corners=False, antialias=True) for p in parts)
+    whole[z0:z1, y0:y1, x0:x1] = np.concatenate([_labels(p) for p in parts])
     return whole
+
+
+def predict_prepared(model, case: PreparedCase, study: Study) -> np.ndarray:
+    """Labels of one volume on its prepared grid, uint8 [Z, H, W]; otherwise as `predict_case`."""
+    return np.concatenate([_labels(p) for p in probabilities(model, case, study)])
+
+
+@torch.no_grad()
+def probabilities(model, case: PreparedCase, study: Study) -> Iterator[torch.Tensor]:
+    """Probabilities of classes 1..K of the prepared volume, slices at a time: float32 [n, K, H, W]; 0 where nothing was predicted."""
+    model.eval()
+
+    def foreground(x: torch.Tensor) -> torch.Tensor:
+        return model(x.to(study.device)).float().softmax(1)[:, 1:]
+
+    size = study.config.data.size
+    if study.slides:
+        whole = torch.from_numpy(np.asarray(case.image(), np.float32))[None, None]
+        overlap = study.config.downstream.sliding_overlap
+        found = sliding_window_inference(whole, size, WINDOWS, foreground, overlap, "gaussian", sw_device=study.device, device="cpu")
+        yield from found[0].transpose(0, 1).split(SLICES)
+        return
+    for batch in torch.from_numpy(study.items(case, "image").astype(np.float32))[:, None].split(SLICES):
+        p = _fit(foreground(batch), case.shape[-len(size) :])
+        yield p if len(size) == 2 else p[0].transpose(0, 1)
+
+
+def _labels(p: torch.Tensor) -> np.ndarray:
+    """The likeliest of background and classes: probabilities [n, K, H, W] of classes 1..K -> uint8 [n, H, W]."""
+    best, label = p.max(1)
+    return torch.where(best > 1 - p.sum(1), label + 1, 0).byte().cpu().numpy()
 
 
 def _fit(p, shape: tuple[int, ...]):

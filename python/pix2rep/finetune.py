@@ -10,6 +10,7 @@ from pix2rep.config import Config, SpatialConfig
 from pix2rep.data.slices import StepSampler
 from pix2rep.heap import Heap
 from pix2rep.networks import Segmenter
+from pix2rep.probe import at_once
 from pix2rep.views.photometric import Photometric
 from pix2rep.views.spatial import SpatialView, warp_image
 
@@ -19,15 +20,15 @@ VALIDATIONS = 5  # evenly spaced; the best one's weights are kept
 
 class Augment:
     """Random rotation, crop-scale, translation and flip of image and labels together for `augment_p` of the images, then the photometric
-    changes of pre-training.
+    changes of pre-training. spacing: as of `SpatialView`.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, spacing: tuple[float, ...] | None = None):
         down = config.downstream
         dims = len(config.data.size)
         spatial = SpatialConfig(down.augment_rotation, tuple(down.augment_scale), down.augment_translation, tuple(config.spatial.flip))
         self.probability = down.augment_p
-        self.spatial, self.photometric = SpatialView(spatial, dims), Photometric(config.photometric)
+        self.spatial, self.photometric = SpatialView(spatial, dims, spacing), Photometric(config.photometric)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
         """images [B, 1, *S], labels int64 [B, *S] -> the same shapes; generator on their device."""
@@ -46,12 +47,12 @@ def build(backbone, classes: int, dims: int, seed: int) -> torch.nn.Module:
         return Segmenter(copy.deepcopy(backbone), classes + 1, dims)
 
 
-def fit(model, images: torch.Tensor, labels: torch.Tensor, lr: float, config: Config, seed: int, validate):
+def fit(model, images: torch.Tensor, labels: torch.Tensor, lr: float, config: Config, seed: int, validate, spacing=None):
     """Train `model` (a Segmenter) at backbone learning rate `lr`, keeping the weights of the best validation.
 
     images [N, 1, *S], labels int64 [N, *S]; `validate(model) -> float`, higher is better. MONAI DiceCELoss (over the batch, background in
     the cross-entropy only), AdamW, 10 % warm-up then cosine. Returns (best validation score, its step), (NaN, 0) when the loss stopped
-    being finite before the first validation.
+    being finite before the first validation. spacing: voxel sizes for `Augment`.
     """
     from monai.losses import DiceCELoss
 
@@ -68,7 +69,7 @@ def fit(model, images: torch.Tensor, labels: torch.Tensor, lr: float, config: Co
         optimizer, lambda t: (t + 1) / warm if t < warm else 0.5 * (1 + math.cos(math.pi * (t - warm) / max(1, steps - warm)))
     )
     sampler = StepSampler(len(images), down.finetune_batch_size, seed)
-    augment = Augment(config) if down.augment else None
+    augment = Augment(config, spacing) if down.augment else None
     generator = torch.Generator(images.device).manual_seed(seed)
     checks = {round(steps * (i + 1) / VALIDATIONS) for i in range(VALIDATIONS)}
     best, best_step, state, heap = -math.inf, 0, None, Heap()
@@ -97,8 +98,9 @@ def fit(model, images: torch.Tensor, labels: torch.Tensor, lr: float, config: Co
 
 
 @torch.no_grad()
-def predict(model, images: torch.Tensor, batch_size: int = 32) -> np.ndarray:
+def predict(model, images: torch.Tensor, batch_size: int | None = None) -> np.ndarray:
     """Arg-max labels of images [N, 1, *S] -> uint8 [N, *S], the model in eval mode."""
     model.eval()
+    batch_size = batch_size or at_once(images)
     out = [model(images[start : start + batch_size]).argmax(1).to(torch.uint8).cpu() for start in range(0, len(images), batch_size)]
     return torch.cat(out).numpy()

@@ -1,4 +1,4 @@
-"""Backbone, projection head, segmenter. A backbone maps [B, 1, *S] to full-resolution features [B, features, *S]."""
+"""Backbone, projection head, segmenter, moving averages. A backbone maps [B, 1, *S] to full-resolution features [B, features, *S]."""
 
 import importlib
 import math
@@ -38,28 +38,40 @@ class UNet(BasicUNet):
         for up in (self.upcat_4, self.upcat_3, self.upcat_2, self.upcat_1):
             up.is_pad = False  # `forward` pads; MONAI's padding by 0 costs a copy, and torch.compile 2.13 fails on it in channels-last
         self.levels = config.feature_levels
+        self.encoder_channels = tuple(config.channels)
         self.out_channels = sum((config.features, *config.channels[1:4])[: self.levels])
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.shape[2:]
-        missing = [max(self.SMALLEST, math.ceil(n / self.STRIDE) * self.STRIDE) - n for n in size]
-        if not any(missing):
-            return self._features(x)
-        before = [m // 2 for m in missing]
-        pad = [p for m, b in zip(reversed(missing), reversed(before), strict=True) for p in (b, m - b)]
-        features = self._features(F.pad(x, pad, mode="replicate"))
-        return features[(..., *(slice(b, b + n) for b, n in zip(before, size, strict=True)))]
+        return self.decode(self.encode(x), tuple(x.shape[2:]))
 
-    def _features(self, x: Tensor) -> Tensor:
-        skips = [self.conv_0(x)]
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Five maps, channels `encoder_channels`, coarsest (the bottleneck, stride 16) last; of x padded to sizes that can be halved four times."""
+        missing = [p - n for p, n in zip(self.padded(x.shape[2:]), x.shape[2:], strict=True)]
+        if any(missing):
+            pad = [p for m in reversed(missing) for p in (m // 2, m - m // 2)]
+            x = F.pad(x, pad, mode="replicate")
+        maps = [self.conv_0(x)]
         for down in (self.down_1, self.down_2, self.down_3, self.down_4):
-            skips.append(down(skips[-1]))
-        maps = [skips.pop()]
+            maps.append(down(maps[-1]))
+        return maps
+
+    def padded(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Sides that the maps of `encode` cover: an input of `size` is padded to them at both ends, where that is odd once more behind."""
+        return tuple(max(self.SMALLEST, math.ceil(n / self.STRIDE) * self.STRIDE) for n in size)
+
+    def decode(self, maps: list[Tensor], size: tuple[int, ...]) -> Tensor:
+        """Features [B, out_channels, *size] from the maps that `encode` made of an input of this size."""
+        *skips, deepest = maps
+        made = [deepest]
         for up in (self.upcat_4, self.upcat_3, self.upcat_2, self.upcat_1):
-            maps.append(up(maps[-1], skips.pop()))
-        finest, *coarser = maps[: -1 - self.levels : -1]
-        mode = "bilinear" if x.ndim == 4 else "trilinear"
-        return torch.cat([finest, *(F.interpolate(m, finest.shape[2:], mode=mode) for m in coarser)], 1) if coarser else finest
+            made.append(up(made[-1], skips.pop()))
+        features, *coarser = made[: -1 - self.levels : -1]
+        if coarser:
+            mode = "bilinear" if len(size) == 2 else "trilinear"
+            features = torch.cat([features, *(F.interpolate(m, features.shape[2:], mode=mode) for m in coarser)], 1)
+        if features.shape[2:] == torch.Size(size):
+            return features
+        return features[(..., *(slice((m - n) // 2, (m - n) // 2 + n) for m, n in zip(features.shape[2:], size, strict=True)))]
 
 
 def build_backbone(config: NetworkConfig) -> nn.Module:
@@ -107,6 +119,13 @@ class Segmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone(x))
+
+
+@torch.no_grad()
+def move_towards(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """Parameters of `target` become momentum * target + (1 - momentum) * online. Buffers stay: running statistics are the target's own."""
+    for mine, theirs in zip(target.parameters(), online.parameters(), strict=True):
+        mine.lerp_(theirs, 1 - momentum)
 
 
 def channels_last(dims: int) -> torch.memory_format:

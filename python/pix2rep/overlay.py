@@ -64,7 +64,7 @@ def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[s
             score = metrics.nanmean(metrics.dice(volumes[case.id], truth, len(study.classes)))
             panels[f"{arm}, Dice {score:.2f}"] = _seen(volumes[case.id][z], case, study)
         volume = read(case.source).array.transpose(2, 1, 0)
-        low, high = np.percentile(volume, study.config.data.percentiles)
+        low, high = study.config.data.window or np.percentile(volume, study.config.data.percentiles)
         image = np.clip((_seen(volume[z], case, study) - low) / max(high - low, 1e-6), 0, 1)
         path = folder / f"{prefix}{case.id}.png"
         figure = draw(image, panels, study.classes, f"{title}: {case.id}, slice {z + 1} of {len(truth)}")
@@ -77,6 +77,8 @@ def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[s
 def _seen(plane: np.ndarray, case: PreparedCase, study) -> np.ndarray:
     """What the network sees of a slice [H, W] of the source, at the source's own resolution."""
     (y0, y1), (x0, x1) = case.crop[1:]
+    if study.slides:
+        return plane[y0:y1, x0:x1]
     size = study.config.data.size[-2:]
     window = [round(s * (high - low) / n) for s, (low, high), n in zip(size, case.crop[1:], case.shape[1:], strict=True)]
     return crop_or_pad(plane[y0:y1, x0:x1], tuple(window))

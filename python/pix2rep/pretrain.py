@@ -20,10 +20,12 @@ from pix2rep import checkpoint, disk
 from pix2rep.config import Config, flatten, from_dict, save
 from pix2rep.data.cache import prepare
 from pix2rep.data.discover import Case, discover
+from pix2rep.data.patches import open_source
 from pix2rep.data.problems import write_skipped
 from pix2rep.data.slices import SliceSource
 from pix2rep.data.splits import make_split, read_split, warn_of_shared_images, write_split
 from pix2rep.log import Progress, RunLog, peak_memory, read_log, say
+from pix2rep.methods import method_class
 from pix2rep.training import Training, learning_rate, pick_device
 
 # A resumed run may change these: none alters what a step computes.
@@ -79,7 +81,7 @@ def _run(cases: list[Case], run_dir: Path, config: Config, device: torch.device,
             stack.enter_context(_claim(run_dir, config))
         log = stack.enter_context(contextlib.closing(RunLog(run_dir / "log.jsonl", start, run_dir / "tensorboard" if opt.tensorboard else None)))
         source = _slices(cases, config, run_dir, resume, log)
-        training = Training(config, device, source)
+        training = Training(config, device, source, fresh=state is None)
         if state:
             training.restore(state)
             save(config, run_dir / "config.yaml")
@@ -141,8 +143,9 @@ def _open(run_dir: Path, config: Config, resume: bool) -> dict | None:
     before, now = flatten(from_dict(state["config"])), flatten(config)
     changed = [key for key in now if now[key] != before[key] and key not in FREE and not key.startswith("downstream.")]
     opt = config.pretrain
-    if (opt.schedule != "constant" or opt.warmup) and opt.steps != before["pretrain.steps"]:
-        changed.append("pretrain.steps")  # the schedule depends on it
+    scheduled = opt.schedule != "constant" or opt.warmup or method_class(config.loss.method).scheduled
+    if scheduled and opt.steps != before["pretrain.steps"]:
+        changed.append("pretrain.steps")
     if changed:
         listed = ", ".join(f"{key} was {before[key]!r}, got {now[key]!r}" for key in changed)
         raise ValueError(f"config must be the checkpoint's to resume: {listed}")
@@ -223,7 +226,7 @@ def _slices(cases: list[Case], config: Config, run_dir: Path, resume: bool, log:
         split = read_split(config.split.file, cases) if config.split.file else make_split(prepared.cases, config.split)
         write_split(split, file)
     warn_of_shared_images(prepared.cases, split)
-    return SliceSource(prepared, split["pretrain"], config.data.size)
+    return open_source(prepared, split["pretrain"], config)
 
 
 def _check_losses(training: Training, done: int, run_dir: Path, log: RunLog) -> None:

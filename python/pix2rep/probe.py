@@ -10,10 +10,16 @@ MAX_PIXELS = 2**22  # labelled pixels kept: 512 MiB of float32 at 32 features
 PIXELS_A_STEP = 2**13  # drawn from all labelled slices: to a linear layer a better batch than a few whole slices
 
 
+def at_once(images: torch.Tensor) -> int:
+    """How many images [N, 1, *S] go through a network together: a patch of a volume weighs as much as many slices."""
+    return 32 if images.ndim == 4 else 2
+
+
 @torch.no_grad()
-def features(backbone, images: torch.Tensor, batch_size: int = 32):
+def features(backbone, images: torch.Tensor, batch_size: int | None = None):
     """Yield features [b, C, *S] of images [N, 1, *S], batch by batch, with the backbone in eval mode."""
     backbone.eval()
+    batch_size = batch_size or at_once(images)
     for start in range(0, len(images), batch_size):
         yield backbone(images[start : start + batch_size])
 
@@ -23,8 +29,8 @@ def labelled_pixels(backbone, images: torch.Tensor, labels: torch.Tensor, genera
     """Feature rows [P, C] and labels [P] of at most MAX_PIXELS pixels of images [N, 1, *S], labels int64 [N, *S]."""
     share = min(1.0, MAX_PIXELS / labels.numel())
     rows, targets = [], []
-    for start, maps in zip(range(0, len(images), 32), features(backbone, images), strict=True):
-        flat, target = maps.movedim(1, -1).flatten(0, -2), labels[start : start + 32].flatten()
+    for start, maps in zip(range(0, len(images), at_once(images)), features(backbone, images), strict=True):
+        flat, target = maps.movedim(1, -1).flatten(0, -2), labels[start : start + len(maps)].flatten()
         if share < 1:
             keep = torch.randperm(len(flat), generator=generator)[: int(share * len(flat))].to(flat.device)
             flat, target = flat[keep], target[keep]

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from pix2rep.config import Config, from_dict, to_dict
+from pix2rep.data.patches import open_source
 from pix2rep.data.slices import SliceSource, StepSampler
 from pix2rep.meter import Meter, Snapshot, allocated_bytes, memory_source, resident_bytes, time_source, usable_bytes
-from pix2rep.methods import build_method
+from pix2rep.methods.base import Batch
+from pix2rep.methods.pix2rep import pixel_loss
 from pix2rep.plain import COPIES, PlainLoss, similarity_bytes
 from pix2rep.training import Training, pick_device
 
@@ -42,6 +44,8 @@ class Profiled:
     """
 
     def __init__(self, config: Config, images: Tensor, device: torch.device, source: SliceSource | None = None):
+        if config.loss.method != "pix2rep":
+            raise ValueError(f'loss.method must be "pix2rep" to be profiled (no other has an eager twin here), got {config.loss.method!r}')
         opt = replace(config.pretrain, batch_size=len(images), accumulate=1)
         self.config, self.device, self.images = replace(config, pretrain=opt), device, images.to(device)
         self.training = Training(self.config, device, source)
@@ -49,20 +53,21 @@ class Profiled:
         self.steps = 0
         self.parts = PARTS if source is None else (READING, *PARTS)
 
-    def _batches(self, mark: Callable[[str], None], read: Iterator[Tensor] | None) -> Iterator[Tensor]:
+    def _batches(self, mark: Callable[[str], None], read: Iterator[Batch] | None) -> Iterator[Batch]:
         while True:
             if self.parts != PARTS:
                 mark(READING)
-            images = self.images if read is None else next(read)
+            batch = Batch(self.images) if read is None else next(read)
             mark("views")
-            yield images
+            yield batch
 
-    def step(self, which: str, mark: Callable[[str], None] = lambda name: None, read: Iterator[Tensor] | None = None) -> None:
+    def step(self, which: str, mark: Callable[[str], None] = lambda name: None, read: Iterator[Batch] | None = None) -> None:
         """One update of the weights with the loss `which`; `mark` is called with a part's name where it begins. read: batches, not `images`."""
         training = self.training
-        networks, loss = training.networks, training.method.loss
-        training.networks = tuple(_marked(name, net, mark) for name, net in zip(("backbone", "head"), networks, strict=True))
-        training.method.loss = partial(_loss, self.losses[which], mark)
+        network, method = training.network, training.method
+        training.network = _marked("backbone", network, mark)
+        method.project = _marked("head", method.project, mark)
+        method.contrast = partial(_loss, self.losses[which], mark)
         update = training.scaler.step
 
         def marked_update(optimizer):
@@ -73,8 +78,8 @@ class Profiled:
         try:
             training.step(self.steps % training.config.pretrain.steps, self._batches(mark, read), monitor=False)
         finally:
-            training.networks, training.method.loss = networks, loss
-            del training.scaler.step  # the method shows again
+            training.network = network
+            del method.project, method.contrast, training.scaler.step  # those of the classes show again
             training.pending.clear()
             training.optimizer.zero_grad()
         self.steps += 1
@@ -87,7 +92,7 @@ class Profiled:
     def standing(self) -> dict[str, int]:
         """Bytes of the tensors that are there before a step and after it (the optimiser's after its first step)."""
         training = self.training
-        networks = (training.backbone, training.head)
+        networks = (training.backbone, training.method)
         states = [value for state in training.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         found = {
             "parameters": _bytes(training.parameters),
@@ -111,7 +116,7 @@ class Profiled:
         standing = sum(self.standing().values())
         return {part: standing + peak for part, (_, peak) in parts.items()}
 
-    def seconds(self, which: str, read: Iterator[Tensor] | None = None) -> dict[str, float]:
+    def seconds(self, which: str, read: Iterator[Batch] | None = None) -> dict[str, float]:
         with Meter(time_source(self.device)) as meter:
             self.step(which, meter, read)
         return dict(meter.parts)
@@ -119,7 +124,7 @@ class Profiled:
 
 def losses_of(config: Config) -> dict[str, Callable]:
     """The two losses of `loss.*`, called alike."""
-    return {"ours": build_method(config).loss, "eager": PlainLoss(config.loss)}
+    return {"ours": pixel_loss(config.loss), "eager": PlainLoss(config.loss)}
 
 
 def _marked(name: str, network: Callable[[Tensor], Tensor], mark: Callable[[str], None]) -> Callable[[Tensor], Tensor]:
@@ -163,7 +168,7 @@ def folder_source(folder: str | Path, config: Config) -> Iterator[SliceSource]:
         cases = discover(folder)
         kept = config.data.cache
         prepared = prepare(cases if kept else cases[: config.pretrain.batch_size], config.data, kept or temporary)
-        yield SliceSource(prepared, prepared.patients, config.data.size)
+        yield open_source(prepared, prepared.patients, config)
 
 
 def first_batch(source: SliceSource, config: Config) -> Tensor:
@@ -220,7 +225,7 @@ def profile_step(
     return found if source is None else found | {"reading_cpu_seconds": training.reading / (1 + sum(map(len, times.values())))}  # one is read ahead
 
 
-def _endless(training: Training) -> Iterator[Tensor]:
+def _endless(training: Training) -> Iterator[Batch]:
     while True:
         yield from training.batches(0)
 

@@ -10,6 +10,7 @@ from pix2rep.config import Config
 from pix2rep.data.cache import Prepared, PreparedCase, crop_or_pad, prepare
 from pix2rep.data.discover import Case, class_names, discover
 from pix2rep.data.pair import read_truth
+from pix2rep.data.patches import read_patch, tiles
 from pix2rep.data.splits import read_split
 
 
@@ -40,10 +41,19 @@ class Study:
         wanted = set(patients)
         return [case for case in self.prepared.cases if case.patient in wanted and case.label_file is not None]
 
+    @property
+    def slides(self) -> bool:
+        """Whether volumes are seen whole, in windows of data.size, rather than by their centre crop: 3D with downstream.sliding_window."""
+        return len(self.config.data.size) == 3 and self.config.downstream.sliding_window
+
     def items(self, case: PreparedCase, what: str) -> np.ndarray:
-        """`what` ("image" or "labels") of a volume at data.size: [Z, H, W] for slices, [1, D, H, W] for a three-entry size."""
-        size = self.config.data.size
-        array = crop_or_pad(np.asarray(getattr(case, what)()), size)
+        """`what` ("image" or "labels") of a volume at data.size: [Z, H, W] for slices, [T, D, H, W] for a three-entry size, the T tiles that
+        cover the volume where it `slides`, else the centre alone.
+        """
+        size, array = self.config.data.size, getattr(case, what)()
+        if self.slides:
+            return np.stack([read_patch(array, low, size) for low in tiles(array.shape, size)])
+        array = crop_or_pad(np.asarray(array), size)
         return array if len(size) == 2 else array[None]
 
     def stack(self, cases: list[PreparedCase]) -> tuple[torch.Tensor, torch.Tensor]:

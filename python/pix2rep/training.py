@@ -6,35 +6,47 @@ the weights of one that did not.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pix2rep.checkpoint import load_weights
 from pix2rep.config import Config, PretrainConfig, to_dict
 from pix2rep.data.slices import SliceSource, StepSampler
+from pix2rep.data.superpixels import Superpixels
 from pix2rep.heap import Heap
 from pix2rep.methods import build_method
-from pix2rep.networks import build_backbone, channels_last, projection_head
+from pix2rep.methods.base import Batch, Network
+from pix2rep.networks import build_backbone, channels_last
+from pix2rep.optimizers import build_optimizer
 
 
 class Training:
     """Everything that a step touches."""
 
-    def __init__(self, config: Config, device: torch.device, source: SliceSource):
+    def __init__(self, config: Config, device: torch.device, source: SliceSource, fresh: bool = True):
+        """fresh: begin with the weights of pretrain.init, if any (a resumed run has its own, and `init` may be gone)."""
         opt = config.pretrain
         torch.manual_seed(opt.seed)  # the initial weights
         layout = channels_last(config.network.dims)
         self.config, self.device, self.source = config, device, source
-        self.method = build_method(config)
-        self.backbone = build_backbone(config.network).to(device, memory_format=layout).train()
-        self.head = projection_head(config.network, self.backbone.out_channels).to(device, memory_format=layout).train()
-        self.parameters = [*self.backbone.parameters(), *self.head.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=opt.lr, weight_decay=opt.weight_decay, fused=device.type == "cuda")
+        self.backbone = build_backbone(config.network)
+        if fresh and opt.init is not None:
+            load_weights(self.backbone, opt.init, "pretrain.init")
+        self.method = build_method(config, self.backbone)
+        if source is not None and "regions" in self.method.needs:
+            self.source = source.with_superpixels(Superpixels(config.lrc, config.network.dims))
+        for module in (self.backbone, self.method):
+            module.to(device, memory_format=layout).train()
+        self.parameters = [*self.backbone.parameters(), *(p for p in self.method.parameters() if p.requires_grad)]
+        self.optimizer = build_optimizer(opt, self.parameters, device)
         self.amp = pick_amp(opt.amp, device)
-        self.networks = tuple(self._callable(net) for net in (self.backbone, self.head))
+        self.method.autocast = partial(torch.autocast, device.type, self.amp, enabled=self.amp is not None)
+        self.network = Network(self.method, self.backbone)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         self.generator = torch.Generator(device)
         self.pending: list[Tensor] = []  # losses still on the device: reading one every step would make the CPU wait for the GPU
@@ -43,17 +55,17 @@ class Training:
         self.seconds = 0.0  # in the loop, over all sessions
         self.reading = 0.0  # seconds of the CPU that the loader's thread took
 
-    def step(self, step: int, batches: Iterator[Tensor], monitor: bool) -> dict[str, float]:
+    def step(self, step: int, batches: Iterator[Batch], monitor: bool) -> dict[str, float]:
         """Update the weights by `accumulate` micro-batches; returns the collapse statistics of the last one when `monitor`."""
         opt, stats = self.config.pretrain, {}
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(opt, step)
         for micro in range(opt.accumulate):
-            images = next(batches).to(self.device, non_blocking=True)  # [B, 1, *S]
+            batch = next(batches).to(self.device)
             seed = seed_of(opt.seed, step * opt.accumulate + micro)
             torch.manual_seed(seed)  # dropout of a custom backbone
             self.generator.manual_seed(seed)
-            loss, stats = self.method.step(*self.networks, images, self.generator, monitor and micro == opt.accumulate - 1)
+            loss, stats = self.method.step(self.network, batch, self.generator, monitor and micro == opt.accumulate - 1)
             self.scaler.scale(loss / opt.accumulate).backward()
             self.pending.append(loss.detach())
         if opt.clip_grad is not None:
@@ -62,38 +74,32 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        self.method.after_step(self.backbone, step, opt.steps)
         return stats
 
-    def _callable(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The network as a method calls it, compiled and in mixed precision where wanted; views and loss stay outside."""
-        compiled = torch.compile(network) if self.config.pretrain.compile else network
-
-        def call(x: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-                return compiled(x)
-
-        return call
-
-    def batches(self, start: int) -> Iterator[Tensor]:
-        """Images of the micro-batches from step `start` to the end, each read while the one before is used."""
+    def batches(self, start: int) -> Iterator[Batch]:
+        """The micro-batches from step `start` to the end, each read while the one before is used."""
         opt = self.config.pretrain
         sampler = self.sampler()
         first, last = start * opt.accumulate, opt.steps * opt.accumulate
 
-        def read(index: int) -> Tensor:
+        def read(index: int) -> Batch:
             began = time.thread_time()
-            images = self.source.batch(sampler.indices(index))[0]
-            images = images.pin_memory() if self.device.type == "cuda" else images
+            indices, source = sampler.indices(index), self.source.at(index)
+            beside = {name: getattr(source, name)(indices) for name in self.method.needs}
+            images = beside["crops"][0] if "crops" in beside else source.batch(indices)[0]
+            batch = Batch(images, patients=[self.source.patients_of([i])[0] for i in indices], **beside)
+            batch = batch.pin_memory() if self.device.type == "cuda" else batch
             self.reading += time.thread_time() - began
-            return images
+            return batch
 
         with ThreadPoolExecutor(1, "pix2rep-data") as pool:
             coming = pool.submit(read, first)
             for index in range(first, last):
-                images = coming.result()
+                batch = coming.result()
                 if index + 1 < last:
                     coming = pool.submit(read, index + 1)
-                yield images
+                yield batch
 
     def sampler(self) -> StepSampler:
         """Which slices a micro-batch holds, by its index (step * accumulate + micro)."""
@@ -109,7 +115,7 @@ class Training:
         return next(((index, value) for index, value in enumerate(values, first) if not math.isfinite(value)), None)
 
     def weights_are_finite(self) -> bool:
-        weights = [*self.backbone.state_dict().values(), *self.head.state_dict().values()]
+        weights = [*self.backbone.state_dict().values(), *self.method.state_dict().values()]
         return bool(torch.stack([value.isfinite().all() for value in weights]).all())
 
     def state(self, done: int) -> dict:
@@ -120,7 +126,7 @@ class Training:
             "cases": self.cases(),
             "slices": len(self.source),
             "backbone": self.backbone.state_dict(),
-            "head": self.head.state_dict(),
+            "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "losses": self.losses,
@@ -136,7 +142,7 @@ class Training:
                 f"data must be those of the checkpoint, {len(before)} volumes with {state['slices']} slices, got {len(now)} with"
                 f" {len(self.source)}; missing: {missing}; new: {new}"
             )
-        for name in ("backbone", "head", "optimizer", "scaler"):
+        for name in ("backbone", "method", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(state[name])
         self.losses, self.seconds = list(state["losses"]), state["seconds"]
 
@@ -145,9 +151,10 @@ class Training:
 
     def summary(self) -> str:
         opt, count = self.config.pretrain, sum(p.numel() for p in self.parameters)
+        items = "slices" if len(self.source.size) == 2 else "volumes"
         amp = "off" if self.amp is None else str(self.amp).removeprefix("torch.")
         return (
-            f"pre-training on {len(self.source)} slices of {len({case.patient for case in self.source.cases})} patients,"
+            f"pre-training on {len(self.source)} {items} of {len({case.patient for case in self.source.cases})} patients,"
             f" {opt.batch_size} x {opt.accumulate} a step; {count / 1e6:.2f} M parameters on {self.device}, mixed precision {amp}"
         )
 

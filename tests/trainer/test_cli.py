@@ -57,7 +57,7 @@ def test_help_takes_under_half_a_second_as_a_module():
     assert min(seconds() for _ in range(5)) < 0.5
 
 
-@pytest.mark.parametrize("command", ["phantom", "pretrain", "profile", "probe", "finetune", "evaluate", "compare", "check", "info"])
+@pytest.mark.parametrize("command", ["phantom", "pretrain", "profile", "probe", "finetune", "evaluate", "compare", "inspect", "report", "check", "info"])
 def test_every_command_has_help(command):
     result = pix2rep(command, "--help")
     assert result.exit_code == 0

@@ -33,6 +33,16 @@ def test_backbone_computes_what_basicunet_does():
     torch.testing.assert_close(backbone(image), plain(image), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("levels", [1, 3])
+def test_encoder_and_decoder_are_the_backbone(levels):
+    backbone = build_backbone(NetworkConfig(channels=(4, 4, 8, 8, 16), features=6, feature_levels=levels)).eval()
+    image = torch.rand(1, 1, 40, 33)
+    maps = backbone.encode(image)
+    assert tuple(m.shape[1] for m in maps) == backbone.encoder_channels == (4, 4, 8, 8, 16)
+    assert maps[-1].shape[2:] == (3, 3)  # padded to 48 x 48
+    assert torch.equal(backbone.decode(maps, (40, 33)), backbone(image))
+
+
 def test_networks_in_3d():
     config = NetworkConfig(dims=3, channels=(2, 2, 2, 2, 2), features=3, head_hidden=4, projection=5)
     features = build_backbone(config)(torch.rand(1, 1, 10, 32, 36))

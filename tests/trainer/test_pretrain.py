@@ -14,6 +14,7 @@ from torch import nn
 
 from pix2rep import checkpoint, training
 from pix2rep.config import PretrainConfig, load
+from pix2rep.methods.base import Batch
 from pix2rep.methods.pix2rep import Pix2Rep
 from pix2rep.monitor import collapse
 from pix2rep.pretrain import Interrupted, NonFiniteLoss, run
@@ -219,7 +220,7 @@ def test_weights_that_are_not_finite_are_never_saved(volumes, tmp_path, monkeypa
         stats = real(self, number, batches, monitor)
         if number == 4:  # the step before a checkpoint
             with torch.no_grad():
-                next(self.head.parameters())[0] = math.inf
+                next(self.method.parameters())[0] = math.inf
         return stats
 
     monkeypatch.setattr(Training, "step", step)
@@ -270,6 +271,16 @@ def test_damaged_checkpoint_is_named(tmp_path):
         checkpoint.load(checkpoint.last(tmp_path))
 
 
+def test_checkpoint_of_an_older_version_is_refused_by_name(volumes, tmp_path):
+    config = load(None, [*TINY, "pretrain.steps=1"])
+    run(volumes, tmp_path, config)
+    path = checkpoint.last(tmp_path)
+    torch.save(checkpoint.load(path) | {"format": 1}, path)
+    with pytest.raises(checkpoint.OtherFormat, match=r"checkpoint must have format 2 to be resumed, got 1 in \S+last.pt: another version"):
+        run(volumes, tmp_path, config, resume=True)
+    checkpoint.load_backbone(tmp_path)
+
+
 def test_atomic_leaves_the_old_file_when_the_write_fails(tmp_path):
     path = tmp_path / "new" / "file.nii.gz"
     with checkpoint.atomic(path) as temporary:
@@ -304,12 +315,13 @@ class Pointwise(nn.Module):
 def test_equivariant_features_are_aligned(elastic):
     """View 2 and the features of view 1 go through one grid, and only they."""
     plain = [f"photometric.{key}=0" for key in ("noise_p", "blur_p", "gamma_p", "bias_p", "invert_p")]
-    method = Pix2Rep(load(None, [*plain, f"spatial.elastic={elastic}", "loss.temperature=0.1"]))
-    images = torch.rand(4, 1, 24, 24)
-    loss, stats = method.step(Pointwise(), nn.Conv2d(6, 5, 1, bias=False), images, torch.Generator().manual_seed(0), monitor=True)
+    method = Pix2Rep(load(None, [*plain, f"spatial.elastic={elastic}", "loss.temperature=0.1"]), Pointwise())
+    method.head = nn.Conv2d(6, 5, 1, bias=False)
+    batch = Batch(torch.rand(4, 1, 24, 24))
+    loss, stats = method.step(Pointwise(), batch, torch.Generator().manual_seed(0), monitor=True)
     assert stats["alignment"] < 1e-10
     assert loss.requires_grad
-    assert method.step(Pointwise(), nn.Identity(), images, torch.Generator().manual_seed(0))[1] == {}
+    assert method.step(Pointwise(), batch, torch.Generator().manual_seed(0))[1] == {}
 
 
 def test_collapse_statistics():

@@ -15,6 +15,7 @@ from pix2rep.config import load
 from pix2rep.data.slices import SliceSource
 from pix2rep.fit import Law, fit_batch, fit_law, parse_size
 from pix2rep.meter import CpuMemory, CpuSeconds, CudaMemory, CudaSeconds, Meter, Snapshot
+from pix2rep.methods.base import Batch
 from pix2rep.plain import COPIES, PlainLoss, similarity_bytes
 from pix2rep.profile import PARTS, READING, Profiled, first_batch, folder_source, in_fresh_process, profile_step, synthetic
 from pix2rep.training import Training
@@ -126,7 +127,7 @@ def test_profiled_step_is_the_trainers():
     config = made.config
     plain = Training(config, CPU, source=None)
     for step in range(3):
-        plain.step(step, repeat(synthetic(config, 2)), monitor=False)
+        plain.step(step, repeat(Batch(synthetic(config, 2))), monitor=False)
     for mine, theirs in zip(made.training.parameters, plain.parameters, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -249,6 +250,7 @@ def test_command_fits(tmp_path, monkeypatch):
         (["--snapshot", "{folder}/memory.pickle"], "error: --snapshot must be used on a CUDA device (PyTorch records no allocations of a CPU)"),
         (["--data", "{folder}"], "error: data.root must be a folder with .nii or .nii.gz files"),
         (["--fit", "1GiB", "--snapshot", "{folder}/memory.pickle"], "--fit takes neither --snapshot nor --data"),
+        (["loss.method=bim"], "error: loss.method must be \"pix2rep\" to be profiled (no other has an eager twin here), got 'bim'"),
         (["loss.objective=barlo"], "error: loss.objective must be 'infonce' or 'barlow', got 'barlo'"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from pix2rep.data.cache import PreparedCase
 from pix2rep.data.discover import Case, discover
 
 SHAPE = (12, 10, 4)
@@ -33,6 +34,18 @@ def dataset(root: Path, patients: int = 10) -> list[Case]:
         save(root / f"imagesTr/p{p}.nii.gz", volume(seed=p))
         save(root / f"labelsTr/p{p}.nii.gz", labels())
     return discover(root)
+
+
+def prepared_case(folder: Path, name: str, image: np.ndarray, labels: np.ndarray | None = None, **fields) -> PreparedCase:
+    """A case as `prepare` leaves it, of arrays [Z, H, W]; `fields` replace those of PreparedCase."""
+    np.save(folder / f"{name}.npy", image.astype(np.float16))
+    if labels is not None:
+        np.save(folder / f"{name}_label.npy", labels.astype(np.uint8))
+    values = {"spacing": (3.0, 1.0, 1.0), "native_shape": image.shape, "crop": tuple((0, n) for n in image.shape), "affine": np.eye(4).tolist()}
+    values |= {"classes": (1,), "frame": None, "source": folder / name, "patient": name} | fields
+    return PreparedCase(
+        id=name, image_file=folder / f"{name}.npy", label_file=None if labels is None else folder / f"{name}_label.npy", shape=image.shape, **values
+    )
 
 
 def patch(path: Path, **fields) -> None:

@@ -55,7 +55,7 @@ def _size(volumes, _, data):
     height, width = data.size[-2:]
     sizes = np.array([v.shape[1::-1] for v in volumes], np.float64)
     if data.spacing is not None:
-        sizes = np.maximum(1, np.round(sizes * [v.spacing[1::-1] for v in volumes] / np.array(data.spacing)))
+        sizes = np.maximum(1, np.round(sizes * [v.spacing[1::-1] for v in volumes] / np.array(data.spacing[-2:])))
     small = [v for v, size in zip(volumes, sizes, strict=True) if (size < (height, width)).any()]
     given = ",".join(map(str, data.size))
     better = ",".join(str(int(-(-n // 16) * 16)) for n in np.median(sizes, axis=0))
@@ -66,7 +66,7 @@ def _size(volumes, _, data):
             f" data.size={better} is the median's, in whole sixteens", small if len(small) < len(volumes) else (),
         )  # fmt: skip
     kept = np.median(np.minimum(sizes, (height, width)).prod(1) / sizes.prod(1))
-    if kept < CROPPED:
+    if kept < CROPPED and len(data.size) == 2:  # in 3D patches go everywhere
         yield f"the crop data.size={given} keeps {100 * kept:.0f} % of the median slice: enlarge it, or coarsen with data.spacing", ()
 
 

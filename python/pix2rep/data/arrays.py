@@ -30,13 +30,18 @@ def uncrop(array: np.ndarray, shape: tuple[int, ...], value: float = 0) -> np.nd
     return crop_or_pad(array, shape, value)
 
 
-def scale(path: Path, image: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
-    """Image [Z, H, W] float32, clipped to its percentiles, as float32 in [0, 1]. Raises VolumeError (of `path`) for one value only."""
-    low, high = np.percentile(image, percentiles)
+def scale(path: Path, image: np.ndarray, percentiles: tuple[float, float], window: tuple[float, float] | None = None) -> np.ndarray:
+    """Image [Z, H, W] float32, clipped to its percentiles, or to `window` where given, as float32 in [0, 1].
+
+    Raises VolumeError (of `path`) for one value only, and for an image that lies outside the window.
+    """
+    low, high = np.percentile(image, percentiles) if window is None else window
     if not high > low:  # more than 98 % of one value, such as a small organ in air
         low, high = image.min(), image.max()
     if not high > low:
         raise VolumeError(path, f"intensities must vary, got {low:g} in every voxel")
+    if window is not None and not (image.max() > low and image.min() < high):
+        raise VolumeError(path, f"intensities must vary within data.window={low:g},{high:g}, got {image.min():g} to {image.max():g}")
     low, high = np.float64(low), np.float64(high)
     scaled = np.empty(image.shape, np.float32)
     for slab, target in zip(image, scaled, strict=True):  # slab by slab: float64 is twice the volume
@@ -55,12 +60,24 @@ def label_box(case: Case, labels: np.ndarray | None, margin: int) -> tuple[tuple
     return tuple(box)
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[Z, H, W] float32 at in-plane `size`, bilinear and antialiased."""
+def resize(image: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
+    """[Z, H, W] float32 at `size`, linear along every axis and antialiased."""
     import torch
+    import torch.nn.functional as F
 
-    resized = torch.nn.functional.interpolate(torch.from_numpy(image)[:, None], size, mode="bilinear", align_corners=False, antialias=True)
-    return resized[:, 0].numpy()
+    resized = F.interpolate(torch.from_numpy(image)[:, None], size[1:], mode="bilinear", align_corners=False, antialias=True)[:, 0]
+    return resize_depth(resized, size[0]).numpy()
+
+
+def resize_depth(volume, depth: int):
+    """Tensor [Z, ...] -> [depth, ...], linear and antialiased; itself where the depth is that already."""
+    import torch.nn.functional as F
+
+    if len(volume) == depth:
+        return volume
+    plane = volume.flatten(1)[None, None]  # antialiasing exists for two axes only: [1, 1, Z, everything else]
+    plane = F.interpolate(plane, (depth, plane.shape[-1]), mode="bilinear", align_corners=False, antialias=True)
+    return plane.view(depth, *volume.shape[1:])
 
 
 def nearest(n: int, m: int) -> np.ndarray:

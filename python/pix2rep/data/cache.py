@@ -63,10 +63,9 @@ class PreparedCase:
         """Labels [Z, H, W] of the prepared shape at the whole source's shape (nearest neighbour, 0 outside the crop)."""
         if tuple(labels.shape) != self.shape:
             raise ValueError(f"labels of {self.id} must have the prepared shape {list(self.shape)}, got {list(labels.shape)}")
-        (z0, z1), (y0, y1), (x0, x1) = self.crop
         whole = np.zeros(self.native_shape, dtype=labels.dtype)
-        rows, columns = nearest(labels.shape[1], y1 - y0), nearest(labels.shape[2], x1 - x0)
-        whole[z0:z1, y0:y1, x0:x1] = labels[:, rows[:, None], columns]
+        taken = np.ix_(*(nearest(n, stop - start) for n, (start, stop) in zip(labels.shape, self.crop, strict=True)))
+        whole[tuple(slice(*ends) for ends in self.crop)] = labels[taken]
         return whole
 
 
@@ -107,7 +106,7 @@ def prepare(
 ) -> Prepared:
     """Prepare every case into `folder`, by `workers` threads (default: one a processor, at most 8), reusing what is there and still valid.
 
-    A file is valid for the path, size and time of its sources and the options that shape it (spacing, percentiles, roi, roi_margin,
+    A file is valid for the path, size and time of its sources and the options that shape it (spacing, percentiles, window, roi, roi_margin,
     label_affine). `progress(done, total)` is called after every case.
 
     Raises BadVolumes, a ValueError, that names every file that cannot be used. With data.skip_bad their cases are left out instead: they
@@ -192,14 +191,16 @@ def _shape(case: Case, pair: Pair, config: DataConfig, stem: Path) -> PreparedCa
         crop = label_box(case, labels, config.roi_margin)
         window = tuple(slice(*pair) for pair in crop)
         image, labels = image[window], labels[window]
-    image = scale(case.image, image, config.percentiles)
+    image = scale(case.image, image, config.percentiles, config.window)
     spacing = pair.image.spacing[::-1]
     if config.spacing is not None:
-        height, width = (max(1, round(n * s / t)) for n, s, t in zip(image.shape[1:], spacing[1:], config.spacing, strict=True))
-        spacing = (spacing[0], spacing[1] * image.shape[1] / height, spacing[2] * image.shape[2] / width)
-        image = resize(image, (height, width))
+        kept = 3 - len(config.spacing)  # two entries leave the distance of slices
+        before = image.shape
+        after = before[:kept] + tuple(max(1, round(n * s / t)) for n, s, t in zip(before[kept:], spacing[kept:], config.spacing, strict=True))
+        spacing = spacing[:kept] + tuple(s * n / m for s, n, m in zip(spacing[kept:], before[kept:], after[kept:], strict=True))
+        image = resize(image, after)
         if labels is not None:
-            labels = labels[:, nearest(labels.shape[1], height)[:, None], nearest(labels.shape[2], width)]
+            labels = labels[np.ix_(*map(nearest, before, after))]
     image_file, label_file = Path(f"{stem}.image.npy"), None
     _save(image.astype(np.float16), image_file)
     classes = ()
@@ -221,13 +222,17 @@ def _check(config: DataConfig) -> None:
         raise ValueError(f'data.roi must be "centre" or "gt", got {config.roi!r}')
     if config.roi_margin < 0:
         raise ValueError(f"data.roi_margin must be at least 0 pixels, got {config.roi_margin}")
-    if config.spacing is not None and (len(config.spacing) != 2 or min(config.spacing) <= 0):
-        raise ValueError(f"data.spacing must be two positive numbers (mm along H, W) or null, got {config.spacing}")
+    if config.window is not None and not config.window[0] < config.window[1]:
+        raise ValueError(f"data.window must be LOW,HIGH with LOW < HIGH or null, got {tuple(config.window)}")
+    if config.spacing is not None and (len(config.spacing) not in (2, 3) or min(config.spacing) <= 0):
+        raise ValueError(f"data.spacing must be two positive numbers (mm along H, W), three (Z, H, W) or null, got {config.spacing}")
 
 
 def _key(case: Case, config: DataConfig) -> str:
     files = [(os.path.realpath(path), stamp(path)) for path in (case.image, case.label) if path is not None]
     options = {name: asdict(config)[name] for name in ("spacing", "percentiles", "roi", "roi_margin", "label_affine")}
+    if config.window is not None:  # files prepared before it existed stay valid
+        options["window"] = config.window
     identity = json.dumps([_VERSION, case.patient, case.frame, files, options], default=list)
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 

@@ -40,7 +40,7 @@ def write_phantoms(
         if not least <= low <= high:
             raise ValueError(f"{name} must be a range {least:g} <= low <= high, got {(low, high)}")
     out = Path(out)
-    _claim(out, {"version": _VERSION, "patients": patients, "seed": seed, "size": size, "fov": list(fov), "snr": list(snr)})
+    claim(out, {"version": _VERSION, "patients": patients, "seed": seed, "size": size, "fov": list(fov), "snr": list(snr)})
     images = []
     for number in range(1, patients + 1):
         rng, group = np.random.default_rng([seed, number]), GROUPS[number % len(GROUPS)]
@@ -48,7 +48,7 @@ def write_phantoms(
     return images
 
 
-def _claim(out: Path, settings: dict) -> None:
+def claim(out: Path, settings: dict) -> None:
     mark = out / _MARK
     if mark.is_file():
         found = json.loads(mark.read_text())
@@ -77,7 +77,7 @@ def _write_patient(folder: Path, rng: np.random.Generator, group: str, size: int
         image, labels = (np.stack(arrays, axis=-1).transpose(1, 0, 2) for arrays in zip(*slices, strict=True))  # [X, Y, Z]
         stem = folder / f"{folder.name}_frame{number:02d}"
         for array, path in ((image, f"{stem}.nii.gz"), (labels, f"{stem}_gt.nii.gz")):
-            write(_nifti(array, affine, flip), Path(path))
+            write(nifti(array, affine, flip), Path(path))
         images.append(Path(f"{stem}.nii.gz"))
     with atomic(folder / "Info.cfg") as temporary:
         temporary.write_text(f"ED: {frames['ED']}\nES: {frames['ES']}\nGroup: {group}\nNbFrame: 30\n")
@@ -152,7 +152,7 @@ def _affine(rng, spacing: float, gap: float) -> np.ndarray:
     return affine.round(6)
 
 
-def _nifti(array: np.ndarray, affine: np.ndarray, flip: bool) -> nib.Nifti1Image:
+def nifti(array: np.ndarray, affine: np.ndarray, flip: bool) -> nib.Nifti1Image:
     if flip:
         reverse = np.diag([-1.0, -1.0, 1.0, 1.0])
         reverse[:2, 3] = np.array(array.shape[:2]) - 1

@@ -1,11 +1,13 @@
 """Batches of slices (or of volumes, when the size has three entries), and an order of them that is a function of the step."""
 
+import copy
 from collections import OrderedDict
 
 import numpy as np
 import torch
 
 from pix2rep.data.cache import Prepared, PreparedCase, crop_or_pad
+from pix2rep.data.superpixels import Superpixels
 
 _OPEN = 256  # memory maps kept; each holds a file descriptor
 
@@ -32,9 +34,14 @@ class SliceSource:
         self._start = np.concatenate([[0], np.cumsum(counts)])
         self._place = {case.id: k for k, case in enumerate(self.cases)}
         self._maps: OrderedDict = OrderedDict()
+        self.superpixels: Superpixels | None = None
 
     def __len__(self) -> int:
         return len(self._case)
+
+    def at(self, step: int) -> "SliceSource":
+        """The source as a (micro-)step reads it: itself, its items are the same at every step."""
+        return self
 
     def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images [B, 1, *size] float32 in [0, 1] and labels [B, *size] int64 (None for an unlabelled source), cropped or zero padded."""
@@ -55,15 +62,41 @@ class SliceSource:
         """Patients that the items come from, sorted, each once."""
         return sorted({self.cases[self._case[int(i)]].patient for i in indices})
 
-    def _item(self, index: int, what: str) -> np.ndarray:
+    def spacing(self, indices) -> torch.Tensor:
+        """Voxel sizes, mm along the axes of `size`: float32 [B, len(size)]."""
+        return torch.tensor([self.cases[self._case[int(i)]].spacing[-len(self.size) :] for i in indices], dtype=torch.float32)
+
+    def depths(self, indices) -> torch.Tensor:
+        """float32 [B] in (0, 1): place of a slice's middle between its volume's first and last face; of a whole volume 0.5."""
+        indices = np.asarray(indices)
+        first, after = (self._start[self._case[indices] + k] for k in (0, 1))
+        return torch.from_numpy(((indices - first + 0.5) / (after - first)).astype(np.float32))
+
+    def with_superpixels(self, superpixels: Superpixels) -> "SliceSource":
+        """The same items, with superpixels (made now where they are not kept) for `regions`."""
+        superpixels.make(self.cases)
+        other = copy.copy(self)
+        other.superpixels, other._maps = superpixels, OrderedDict()
+        return other
+
+    def regions(self, indices) -> torch.Tensor:
+        """int32 [B, *size]: the superpixels that `Superpixels.select` keeps, -1 elsewhere. Raises ValueError for a source without."""
+        if self.superpixels is None:
+            raise ValueError("source must have superpixels to read regions, got one without; `with_superpixels` adds them")
+        found = [self.superpixels.select(self._item(int(i), "superpixels", -1), self._item(int(i), "image")) for i in indices]
+        return torch.from_numpy(np.stack(found))
+
+    def _item(self, index: int, what: str, padding: int = 0) -> np.ndarray:
         k = self._case[index]
         array = self._map(k, what)
-        return crop_or_pad(array[index - self._start[k]] if len(self.size) == 2 else array, self.size)
+        array = array[index - self._start[k]] if len(self.size) == 2 else array
+        return crop_or_pad(array if padding == 0 else array.astype(np.int32), self.size, padding)
 
     def _map(self, k: int, what: str) -> np.ndarray:
         key = (k, what)
         if key not in self._maps:
-            self._maps[key] = getattr(self.cases[k], what)()
+            case = self.cases[k]
+            self._maps[key] = self.superpixels.open(case) if what == "superpixels" else getattr(case, what)()
             if len(self._maps) > _OPEN:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(key)

@@ -10,52 +10,47 @@ batch statistics belong to a view.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pix2rep.config import Config
+from pix2rep.config import Config, LossConfig
+from pix2rep.methods.base import Batch, Method
 from pix2rep.monitor import collapse
+from pix2rep.networks import projection_head
 from pix2rep.views.photometric import Photometric
 from pix2rep.views.spatial import SpatialView, warp_image
 from pix2rep_kernels import Pix2RepLoss, warp
 
-Network = Callable[[Tensor], Tensor]
 MONITORED = 512  # pixels that the collapse monitors look at
 IMAGE_MODE = {"linear": "bilinear", "nearest": "nearest", "bicubic": "bicubic"}
 
 
-class Pix2Rep:
-    """Views and loss of Pix2Rep, from a Config (sections spatial, photometric, loss, network.dims)."""
+class Pix2Rep(Method):
+    """Views, head and loss of Pix2Rep, from a Config (sections spatial, photometric, loss, network)."""
 
-    def __init__(self, config: Config):
-        loss = config.loss
+    def __init__(self, config: Config, backbone: nn.Module):
+        super().__init__(config, backbone)
         self.spatial = SpatialView(config.spatial, config.network.dims)
+        self.needs = frozenset({"spacing"}) if config.network.dims == 3 else self.needs  # pixels are square in plane, voxels are seldom cubes
         self.photometric = Photometric(config.photometric)
-        self.mode, self.backend = loss.mode, loss.backend
-        self.loss = Pix2RepLoss(
-            loss.objective,
-            temperature=loss.temperature,
-            lambda_param=loss.lambda_param,
-            num_samples=loss.num_samples,
-            per_image=loss.per_image,
-            outside=loss.outside,
-            mode=loss.mode,
-            backend=loss.backend,
-        )
+        self.mode, self.backend = config.loss.mode, config.loss.backend
+        self.head = projection_head(config.network, backbone.out_channels)
+        self.loss = pixel_loss(config.loss)
 
-    def step(
-        self, backbone: Network, head: Network, images: Tensor, generator: torch.Generator, monitor: bool = False
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one batch, and the collapse statistics of `monitor.collapse` when `monitor` (they wait for the device), else {}.
-
-        images: [B, 1, *S] float32 in [0, 1]; generator: of every draw, on the device of the images.
-        """
+    def step(self, backbone: Callable, batch: Batch, generator: torch.Generator, monitor: bool = False) -> tuple[Tensor, dict[str, float]]:
+        images = batch.images
         view_1 = self.photometric(images, generator)
-        grid = self.spatial(images.shape[0], images.shape[2:], generator, images.device)
+        grid = self.spatial(images.shape[0], images.shape[2:], generator, images.device, batch.spacing)
         view_2 = warp_image(self.photometric(images, generator), grid, IMAGE_MODE[self.mode])
-        features_1 = head(backbone(view_1))  # [B, D, *S]
-        features_2 = head(backbone(view_2))
-        loss = self.loss(features_1, features_2, grid, generator=generator)
+        features_1 = self.project(backbone(view_1))  # [B, D, *S]
+        features_2 = self.project(backbone(view_2))
+        loss = self.contrast(features_1, features_2, grid, generator=generator)
         return loss, self._monitor(features_1.detach(), features_2.detach(), grid) if monitor else {}
+
+    def project(self, features: Tensor) -> Tensor:
+        return self.call(self.head, features)
+
+    def contrast(self, features_1: Tensor, features_2: Tensor, grid: Tensor, *, generator: torch.Generator) -> Tensor:
+        return self.loss(features_1, features_2, grid, generator=generator)
 
     def _monitor(self, features_1: Tensor, features_2: Tensor, grid: Tensor) -> dict[str, float]:
         pixels = features_2.movedim(1, -1)  # [B, *S, D]
@@ -65,3 +60,16 @@ class Pix2Rep:
         index = points[inside]
         where = torch.unravel_index(index, pixels.shape[:-1])
         return collapse(rows[inside], pixels[where])
+
+
+def pixel_loss(config: LossConfig) -> Pix2RepLoss:
+    return Pix2RepLoss(
+        config.objective,
+        temperature=config.temperature,
+        lambda_param=config.lambda_param,
+        num_samples=config.num_samples,
+        per_image=config.per_image,
+        outside=config.outside,
+        mode=config.mode,
+        backend=config.backend,
+    )

@@ -49,18 +49,8 @@ class Photometric:
     def _blur(self, x: torch.Tensor, generator) -> torch.Tensor:
         """Gaussian of sigma U(0, s) pixels, cut at three times the largest; edges repeat."""
         limit = self.config.blur_sigma
-        radius = min(math.ceil(3 * limit), *(n - 1 for n in x.shape[2:])) if min(x.shape[2:]) > 1 else 0
         sigma = uniform((len(x),), 0, limit, generator, x.device).clamp(min=1e-2)
-        offsets = torch.arange(-radius, radius + 1, device=x.device)
-        weights = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1)  # [B, 2r+1]
-        untouched = (offsets == 0).float()
-        weights = torch.where(self._drawn(x, self.config.blur_p, generator).view(-1, 1), weights, untouched).to(x.dtype)
-        for axis in range(2, x.dim()):
-            n, pad = x.shape[axis], [0, 0] * (x.dim() - 2)
-            pad[2 * (x.dim() - 1 - axis) : 2 * (x.dim() - axis)] = [radius, radius]
-            padded = F.pad(x, pad, mode="replicate")
-            x = sum(padded.narrow(axis, k, n) * weights[:, k].view(_per_image(x)) for k in range(2 * radius + 1))
-        return x
+        return blur(x, sigma, self._drawn(x, self.config.blur_p, generator), limit)
 
     def _bias(self, x: torch.Tensor, generator) -> torch.Tensor:
         """exp of a cubic polynomial in coordinates from -1 to 1, all coefficients (the constant too) U(-c, c); 1 where not drawn."""
@@ -79,6 +69,21 @@ class Photometric:
             terms = torch.stack([math.prod(axis**k for axis, k in zip(axes, p, strict=True)) for p in chosen])
             self._terms = ((size, device), terms.flatten(1))
         return self._terms[1]
+
+
+def blur(x: torch.Tensor, sigma: torch.Tensor, drawn: torch.Tensor, limit: float) -> torch.Tensor:
+    """Gaussian of sigma [B] pixels, cut at three times `limit`, for the images that `drawn` (bool, B entries) names; edges repeat."""
+    radius = min(math.ceil(3 * limit), *(n - 1 for n in x.shape[2:])) if min(x.shape[2:]) > 1 else 0
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    weights = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1)  # [B, 2r+1]
+    untouched = (offsets == 0).float()
+    weights = torch.where(drawn.view(-1, 1), weights, untouched).to(x.dtype)
+    for axis in range(2, x.dim()):
+        n, pad = x.shape[axis], [0, 0] * (x.dim() - 2)
+        pad[2 * (x.dim() - 1 - axis) : 2 * (x.dim() - axis)] = [radius, radius]
+        padded = F.pad(x, pad, mode="replicate")
+        x = sum(padded.narrow(axis, k, n) * weights[:, k].view(_per_image(x)) for k in range(2 * radius + 1))
+    return x
 
 
 def _per_image(x: torch.Tensor) -> tuple[int, ...]:

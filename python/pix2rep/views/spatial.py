@@ -29,12 +29,22 @@ class SpatialView:
         self.spacing = tuple(spacing) if spacing is not None else (1.0,) * dims
 
     def __call__(
-        self, batch_size: int, size: tuple[int, ...], generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+        self,
+        batch_size: int,
+        size: tuple[int, ...],
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        spacing: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """float32 grid for images [B, C, *size]: affine [B, d, d+1], or dense [B, *size, d] where `config.elastic` > 0."""
+        """float32 grid for images [B, C, *size]: affine [B, d, d+1], or dense [B, *size, d] where `config.elastic` > 0.
+
+        spacing: [B, d], voxel sizes of each image in place of the constructor's.
+        """
         if batch_size < 1 or len(size) != self.dims:
             raise ValueError(f"batch_size must be at least 1 and size have {self.dims} entries, got {batch_size} and {tuple(size)}")
-        theta = self._theta(batch_size, size, generator, device)
+        if spacing is not None and spacing.shape != (batch_size, self.dims):
+            raise ValueError(f"spacing must have shape {[batch_size, self.dims]}, got {list(spacing.shape)}")
+        theta = self._theta(batch_size, size, spacing, generator, device)
         if not self.config.elastic:
             return theta
         moved = dense(identity(batch_size, self.dims, device), size) + self._displacement(batch_size, size, generator, device)
@@ -42,7 +52,7 @@ class SpatialView:
         mapped = torch.baddbmm(theta[:, None, :, -1], flat, theta[:, :, :-1].transpose(1, 2))
         return mapped.view(moved.shape)
 
-    def _theta(self, batch: int, size, generator, device) -> torch.Tensor:
+    def _theta(self, batch: int, size, spacing, generator, device) -> torch.Tensor:
         """Equation (1), [B, d, d+1]."""
         config, d = self.config, self.dims
         angle = uniform((batch, 1 if d == 2 else 3), -config.rotation, config.rotation, generator, device) * (math.pi / 180)
@@ -50,7 +60,7 @@ class SpatialView:
         crop = uniform((batch, d), -1, 1, generator, device) * (1 - scale).clamp(min=0)
         shift = uniform((batch, d), -config.translation, config.translation, generator, device)
         flip = self._flip(batch, generator, device)
-        rotation = self._rotation(angle, size)
+        rotation = self._rotation(angle, size, spacing)
         linear = rotation * scale[:, :, None]  # R C, [B, d, d]
         offset = rotation @ (crop + scale * shift)[:, :, None]
         return torch.cat([linear * flip[:, None, :], offset], dim=2)
@@ -64,9 +74,10 @@ class SpatialView:
             start += share
         return torch.stack(flips, dim=1)
 
-    def _rotation(self, angle: torch.Tensor, size) -> torch.Tensor:
+    def _rotation(self, angle: torch.Tensor, size, spacing: torch.Tensor | None) -> torch.Tensor:
         """[B, d, d]: isometric in mm, expressed in normalised coordinates (x first)."""
-        extent = [max(n - 1, 1) * s for n, s in zip(size, self.spacing, strict=True)][::-1]
+        axes = self.spacing if spacing is None else spacing.to(angle).unbind(1)
+        extent = [max(n - 1, 1) * s for n, s in zip(size, axes, strict=True)][::-1]
         rotation = None
         for k, (i, j) in enumerate([(0, 1)] if self.dims == 2 else [(0, 1), (0, 2), (1, 2)]):
             c, s = angle[:, k].cos(), angle[:, k].sin()
