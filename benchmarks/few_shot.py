@@ -27,10 +27,11 @@ def table(content: dict) -> str:
         lines.append([f"all ({n})" if n == content["labelled_of"] else str(n), *cells])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     parts = " / ".join(str(len(content["split"][part])) for part in ("pretrain", "val", "test"))
+    seeds = len(content["plan"]["seeds"])
     steps = "; ".join(f"{name} {entry['steps']:,} steps of {entry['batch_size']}" for name, entry in content["methods"].items() if entry["pretrain"])
     minutes = sum(content["record"]["seconds_of_jobs"].values()) / 60  # a stopped session's are in there, its wall time is not
     return text + (
-        f"\n3D Dice over classes, test patients and {len(content['plan']['seeds'])} seeds, [{content['interval']}]. Patients for pre-training / validation /"
+        f"\n3D Dice over classes, test patients and {seeds} seed{'s' * (seeds > 1)}, [{content['interval']}]. Patients for pre-training / validation /"
         f" test: {parts}; {steps}. `{content['command']}`, {minutes:.0f} minutes of one-thread jobs; {content['device']}; commit {content['commit'][:7]}.\n"
     )
 
