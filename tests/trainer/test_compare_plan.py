@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from pix2rep import compare_report, compare_stats, compare_time, training
+from pix2rep.methods.base import Batch
 from pix2rep.plan import PLANS, load_plan, plan_of, to_dict
 from pix2rep.typed import ConfigError
 
@@ -58,7 +59,7 @@ def test_the_full_plans_step_runs_small_on_a_cpu():
     for name in ("pixels_1000", "pixels_all"):
         trained = training.Training(read.config_of(name), torch.device("cpu"), None)
         assert trained.amp is torch.bfloat16 and trained.config.pretrain.schedule == "cosine"
-        trained.step(0, itertools.repeat(torch.rand(2, 1, 32, 32)), monitor=False)
+        trained.step(0, itertools.repeat(Batch(torch.rand(2, 1, 32, 32))), monitor=False)
         assert trained.collect(1) is None and trained.weights_are_finite()
 
 
