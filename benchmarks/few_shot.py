@@ -53,7 +53,7 @@ def main() -> None:
     result, record = (json.loads((given.out / name).read_text()) for name in ("results.json", "record.json"))
     known = surroundings()
     jobs = record["sessions"][-1]["jobs"]
-    content = {"command": f"pix2rep compare {given.name} --jobs {jobs}", "device": known["device"], "commit": given.commit or known["commit"]}
+    content = {"command": f"pix2rep compare {given.name} --data ACDC --jobs {jobs}", "device": known["device"], "commit": given.commit or known["commit"]}
     write_json(ROOT / f"benchmarks/results/{given.device}/{given.name}.json", content | result | {"record": record})
 
 
