@@ -32,7 +32,7 @@ from pix2rep.data.splits import PARTS, labelled_patients, make_split, read_split
 from pix2rep.log import say
 from pix2rep.plan import Plan, plan_of, to_dict
 from pix2rep.pretrain import versions
-from pix2rep.study import Study, open_study
+from pix2rep.study import Study, study_of
 from pix2rep.typed import ConfigError, Loader
 
 
@@ -128,7 +128,9 @@ class Comparison:
             with atomic(out / "plan.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(to_dict(self.plan), sort_keys=False, default_flow_style=None), encoding="utf-8")
         warn_of_shared_images(prepared.cases, split)
-        study = replace(open_study(out, config), split=split)
+        if config.pretrain.threads:
+            torch.set_num_threads(config.pretrain.threads)
+        study = study_of(out, config, cases, prepared, split)
         for part in PARTS:
             study.volumes(part)
         labelled = {case.patient for case in prepared.cases if case.label_file is not None}

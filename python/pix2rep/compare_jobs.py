@@ -101,8 +101,6 @@ def _pretrain(job: Job) -> None:
 
 
 def _cell(job: Job) -> float:
-    from safetensors.torch import save_file
-
     from pix2rep.downstream import one_model, random_backbone
 
     began = time.perf_counter()
@@ -112,8 +110,7 @@ def _cell(job: Job) -> float:
     entry = {"what": job.task, "labelled": job.labelled, "seed": job.seed, "arm": job.method, "patients": list(job.patients)}
     model, entry, _, rows = one_model(backbone, study, entry, study.volumes("val"), study.volumes("test"))
     metadata = {"pix2rep": json.dumps(entry | {"classes": list(study.classes)})}
-    with checkpoint.atomic(job.record.with_suffix(".safetensors")) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, temporary, metadata)
+    checkpoint.save_tensors(job.record.with_suffix(".safetensors"), model.state_dict(), metadata)
     seconds = round(time.perf_counter() - began, 1)
     records.write(job.record, {"inputs": job.inputs} | entry | {"seconds": seconds, "rows": rows})
     return nanmean([row["dice"] for row in rows])

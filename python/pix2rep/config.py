@@ -172,7 +172,7 @@ def load(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
     """
     values = {}
     if file is not None:
-        path = _find(file)
+        path = find(file, PRESETS, "config must be a YAML file or one of the presets")
         try:
             values = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
         except yaml.YAMLError as error:
@@ -259,15 +259,16 @@ _AT_LEAST = {
 }
 
 
-def _find(file: str | Path) -> Path:
+def find(file: str | Path, packaged: Path, expected: str) -> Path:
+    """`file`, or the YAML file of that name in the folder `packaged`. Raises FileNotFoundError: `expected` and the names there are."""
     path = Path(file)
-    preset = PRESETS / f"{path.name.removesuffix('.yaml')}.yaml"
+    named = packaged / f"{path.name.removesuffix('.yaml')}.yaml"
     if path.is_file():
         return path
-    if path.name == str(file) and preset.is_file():
-        return preset
-    names = ", ".join(sorted(entry.stem for entry in PRESETS.glob("*.yaml")))
-    raise FileNotFoundError(f"config must be a YAML file or one of the presets {names}, got {file}")
+    if path.name == str(file) and named.is_file():
+        return named
+    names = ", ".join(sorted(entry.stem for entry in packaged.glob("*.yaml")))
+    raise FileNotFoundError(f"{expected} {names}, got {file}")
 
 
 def _sections() -> list[str]:

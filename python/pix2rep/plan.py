@@ -93,7 +93,7 @@ def load_plan(file: str | Path, overrides: Iterable[str] = (), data: str | Path 
 
     `data` and `out` go over the plan's. Raises ConfigError, or FileNotFoundError when `file` is neither a path nor a packaged plan.
     """
-    path = _find(file)
+    path = config_file.find(file, PLANS, "plan must be a YAML file or one of")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
     except yaml.YAMLError as error:
@@ -134,17 +134,6 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return [int(v) if isinstance(v, str) and v.isdigit() else v for v in value] if isinstance(value, tuple) else value
-
-
-def _find(file: str | Path) -> Path:
-    path = Path(file)
-    packaged = PLANS / f"{path.name.removesuffix('.yaml')}.yaml"
-    if path.is_file():
-        return path
-    if path.name == str(file) and packaged.is_file():
-        return packaged
-    names = ", ".join(sorted(entry.stem for entry in PLANS.glob("*.yaml")))
-    raise FileNotFoundError(f"plan must be a YAML file or one of {names}, got {file}")
 
 
 def _mapping(value: Any, what: str) -> Mapping:

@@ -72,8 +72,6 @@ def open_study(run: Path, config: Config) -> Study:
 
     Raises FileNotFoundError when the folder has no split.json, ValueError when nothing is labelled or data.classes does not fit the labels.
     """
-    from pix2rep.pretrain import pick_device
-
     run = Path(run)
     if not (run / "split.json").is_file():
         raise FileNotFoundError(f"run must be a folder written by `pix2rep pretrain` (with split.json), got {run}")
@@ -81,7 +79,13 @@ def open_study(run: Path, config: Config) -> Study:
         torch.set_num_threads(config.pretrain.threads)
     cases = discover(config.data.root)
     prepared = prepare(cases, config.data, config.data.cache or run / "cache")
-    split = read_split(run / "split.json", cases)
+    return study_of(run, config, cases, prepared, read_split(run / "split.json", cases))
+
+
+def study_of(run: Path, config: Config, cases: list[Case], prepared: Prepared, split: dict) -> Study:
+    """The study of volumes that are prepared already. Raises ValueError when nothing is labelled, or for a device that is not there."""
+    from pix2rep.pretrain import pick_device
+
     return Study(run, config, prepared, {c.id: c for c in cases}, split, _classes(prepared, config), pick_device(config.pretrain.device))
 
 
