@@ -186,13 +186,19 @@ def _claim(run_dir: Path, config: Config) -> Iterator[None]:
         raise
 
 
-def _way_on(run_dir: Path, config: Config) -> str:
-    """Words for the end of a run that the disk had no room for."""
+def _last_good(run_dir: Path) -> str | None:
+    """Path and step of the newest checkpoint that loads."""
     try:
         found = checkpoint.newest(run_dir)
     except ValueError:
         found = None
-    where = f"last good checkpoint: {found[0]} (step {found[1]['step']})" if found else "no checkpoint yet"
+    return f"{found[0]} (step {found[1]['step']})" if found else None
+
+
+def _way_on(run_dir: Path, config: Config) -> str:
+    """Words for the end of a run that the disk had no room for."""
+    good = _last_good(run_dir)
+    where = f"last good checkpoint: {good}" if good else "no checkpoint yet"
     again = shlex.join(["pix2rep", "pretrain", config.data.root, str(run_dir), "--resume"])
     return f"{where}; free some space, then continue with: {again}"
 
@@ -225,7 +231,7 @@ def _slices(cases: list[Case], config: Config, run_dir: Path, resume: bool, log:
     else:
         split = read_split(config.split.file, cases) if config.split.file else make_split(prepared.cases, config.split)
         write_split(split, file)
-    warn_of_shared_images(prepared.cases, split)
+        warn_of_shared_images(prepared.cases, split)
     return open_source(prepared, split["pretrain"], config)
 
 
@@ -247,8 +253,7 @@ def _checkpoint(training: Training, done: int, run_dir: Path, log: RunLog) -> Pa
 def _diverged(training: Training, what: str, step: int, micro_batches, run_dir: Path, log: RunLog) -> None:
     sampler = training.sampler()
     patients = sorted({patient for index in micro_batches for patient in training.source.patients_of(sampler.indices(index))})
-    last = checkpoint.last(run_dir)
-    where = f"{last} (step {checkpoint.load(last)['step']})" if last else "none"
+    where = _last_good(run_dir) or "none"
     log.write("diverged", step=step, what=what, patients=patients, checkpoint=where)
     raise NonFiniteLoss(f"{what} at step {step}; patients in the batch: {', '.join(patients)}; last checkpoint: {where}")
 
