@@ -142,18 +142,20 @@ def profile(
 ) -> None:
     """Show where the memory and the time of a pre-training step go, or which batch fits.
 
-    Runs the step that `pretrain` would run with the same options, on noise
-    unless --data is given, once with the fused loss ("ours") and once with
-    the papers' plain PyTorch formula ("eager"). Prints a row for every part
-    (views, backbone, head, loss, backward, optimiser): the bytes it leaves
-    behind, the most within it, its time and share. The eager InfoNCE stores
-    the similarities of all pixels with all; where memory cannot hold them,
-    their bytes are stated from the shape.
+    Runs the step that `pretrain` would run with the same options, of any
+    method, on noise unless --data is given. Prints a row for every part
+    (views, backbone, heads, loss, backward, optimiser, moving average): the
+    bytes it leaves behind, the most within it, its time and share. The loss
+    is all that lies between the networks: warps and poolings of features too.
+    Of pix2rep the step runs twice: with the fused loss ("ours") and with the
+    papers' plain PyTorch formula ("eager"). The eager InfoNCE stores the
+    similarities of all pixels with all; where memory cannot hold them, their
+    bytes are stated from the shape.
 
     With --fit SIZE the step is measured at three small batches, every part's
-    peak gets a law, and the largest batch within SIZE is predicted for both
-    losses, with loss.num_samples pixels (1000 where that is null) and with
-    all. The step is then run at the predicted batch, or as near to it as the
+    peak gets a law, and the largest batch within SIZE is predicted; of pix2rep
+    for both losses, with loss.num_samples pixels (1000 where that is null) and
+    with all. The step is then run at the predicted batch, or as near to it as the
     memory here and --limit allow: measured bytes stand beside predicted ones.
 
     Memory is that of PyTorch's tensors. Leave room for the rest: on a GPU the

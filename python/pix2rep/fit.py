@@ -15,7 +15,7 @@ from pix2rep.config import Config
 from pix2rep.log import say
 from pix2rep.meter import usable_bytes
 from pix2rep.plain import COPIES, similarity_bytes
-from pix2rep.profile import LOSSES, Profiled, losses_of, synthetic
+from pix2rep.profile import Profiled, losses_of
 from pix2rep.training import pick_device
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -77,7 +77,7 @@ def fit_law(measured: dict[int, dict[str, int]], degree: int) -> tuple[Law, floa
 
 
 def fit_batch(config: Config, budget: int, limit: float = 60.0) -> dict:
-    """Predict the largest batch within `budget` bytes: our loss and the eager one, `loss.num_samples` (1000 where that is null) and all pixels.
+    """Predict the largest batch within `budget` bytes; of pix2rep for our loss and the eager one, `loss.num_samples` (1000 where that is null) and all pixels.
 
     limit: seconds that one check may take. It runs the step at the predicted batch, or at the largest one below it that free memory and
     `limit` allow; where the bytes differ by more than CLOSE, they enter the law, and the new prediction is checked, up to ROUNDS times.
@@ -91,14 +91,15 @@ def fit_batch(config: Config, budget: int, limit: float = 60.0) -> dict:
         torch.set_num_threads(config.pretrain.threads)
     samples = config.loss.num_samples or 1000
     pixels = int(np.prod(config.data.size))
-    first = 1 if config.loss.per_image else -(-samples // pixels)  # fewer pixels than samples would bend the law
+    sampled = config.loss.method == "pix2rep"
+    first = -(-samples // pixels) if sampled and not config.loss.per_image else 1  # fewer pixels than samples would bend the law
     batches = tuple(first * factor for factor in BATCHES)
-    profiled = Profiled(config, synthetic(config, first), device)
+    profiled = Profiled(config, first, device)
     rows = []
-    for count in (samples, None):
+    for count in (samples, None) if sampled else (None,):
         chosen = replace(config, loss=replace(config.loss, num_samples=count))
         profiled.losses = losses_of(chosen)
-        for which in LOSSES:
+        for which in profiled.losses:
             rows.append(_row(profiled, chosen, which, batches, budget, limit, rows))
     return {"budget_bytes": budget, "pixels": pixels, "rows": rows}
 

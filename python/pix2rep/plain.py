@@ -75,8 +75,8 @@ def barlow(a: Tensor, b: Tensor, lambda_param: float) -> Tensor:
 
 
 def similarity_bytes(config: LossConfig, batch: int, pixels: int) -> int:
-    """Of one float32 copy of the similarities of a batch, `pixels` an image: 4 (2P)^2 for every group of P pairs; 0 for "barlow"."""
-    if config.objective == "barlow":
+    """Of one float32 copy of the similarities of a batch, `pixels` an image: 4 (2P)^2 for every group of P pairs; 0 for "barlow" and other methods."""
+    if config.objective == "barlow" or config.method != "pix2rep":
         return 0
     groups, most = (batch, pixels) if config.per_image else (1, batch * pixels)
     return groups * 4 * (2 * min(config.num_samples or most, most)) ** 2

@@ -51,7 +51,7 @@ def show_step(result: dict) -> None:
     for which, entry in measured.items():
         screen.print(
             f"{which}: {entry['images_per_s']:.2f} images/s, loss {100 * entry['loss_share']:.1f} % of the step"
-            f" (median of {entry['timed_steps']})"
+            f" (median of {entry['timed_steps']}); it holds {size(entry['loss_bytes'])} at most, gradients of features included"
         )
         if "reading_cpu_seconds" in result:
             screen.print(_reading(which, entry, result["reading_cpu_seconds"]))

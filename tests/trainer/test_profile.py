@@ -15,9 +15,9 @@ from pix2rep.config import load
 from pix2rep.data.slices import SliceSource
 from pix2rep.fit import Law, fit_batch, fit_law, parse_size
 from pix2rep.meter import CpuMemory, CpuSeconds, CudaMemory, CudaSeconds, Meter, Snapshot
-from pix2rep.methods.base import Batch
 from pix2rep.plain import COPIES, PlainLoss, similarity_bytes
-from pix2rep.profile import PARTS, READING, Profiled, first_batch, folder_source, in_fresh_process, profile_step, synthetic
+from pix2rep.profile import PARTS, READING, Bytes, Profiled, folder_source, in_fresh_process, loss_bytes, merged, profile_step
+from pix2rep.synthetic import synthetic
 from pix2rep.training import Training
 from pix2rep_kernels import Pix2RepLoss
 from pix2rep_kernels.testing import error, tolerance
@@ -28,11 +28,12 @@ TINY = (
     " pretrain.batch_size=1 pretrain.device=cpu pretrain.threads=1"
 ).split()
 CPU = torch.device("cpu")
+NO_AVERAGE = tuple(part for part in PARTS if part not in (READING, "moving average"))
 
 
 def profiled(*overrides, batch=1):
     config = load(None, [*TINY, *overrides])
-    made = Profiled(config, synthetic(config, batch), CPU)
+    made = Profiled(config, batch, CPU)
     made.step("ours")
     return made
 
@@ -55,17 +56,71 @@ def test_parts_sum_to_the_total(which):
     """All that a step takes beyond what stands is given back, and between backward and optimiser only gradients and scalars are there."""
     made = profiled()
     parts = made.memory(which)
-    assert tuple(parts) == PARTS
+    assert tuple(parts) == NO_AVERAGE
     standing = made.standing()
     count = sum(parameter.numel() for parameter in made.training.parameters)
     assert standing["parameters"] == 4 * count
     assert standing["optimiser state"] == 2 * 4 * count + 4 * len(made.training.parameters)  # two moments, and a counter each
     assert standing["images"] == 4 * 32 * 32
-    assert parts["optimiser"][0] == 0
-    scalars = parts["networks backward, view 1"][0] - 4 * count
+    assert parts["optimiser"].kept == sum(part.added for part in parts.values()) == 0
+    scalars = parts["networks backward"].kept - 4 * count
     assert 0 <= scalars <= 16  # the loss, and its detached copy for the log
     # At full resolution two convolutions to 4 channels and two to 8, each kept before its batch norm and after its activation.
-    assert parts["backbone, view 1"][0] - parts["views"][0] > 4 * 32 * 32 * (2 * 2 * 4 + 2 * 2 * 8)
+    assert parts["backbone"].added > 2 * 4 * 32 * 32 * (2 * 2 * 4 + 2 * 2 * 8)
+
+
+def test_a_part_that_comes_twice_is_one_row():
+    stamps = [("views", (5, 9)), ("backbone", (20, 30)), ("loss forward", (30, 50)), ("backbone", (40, 45)), ("loss forward", (42, 70)), ("optimiser", (0, 60))]
+    parts = merged(stamps)
+    assert parts == {
+        "views": Bytes(5, 5, 9), "backbone": Bytes(25, 40, 45), "loss forward": Bytes(12, 42, 70), "optimiser": Bytes(-42, 0, 60),
+    }  # fmt: skip
+    assert loss_bytes(stamps) == 70 - (5 + 25)  # networks and views hold 30 then
+
+
+METHODS = {
+    "bim": "bim.heads=2 bim.clusters=4 bim.encoder_weight=1",
+    "lrc": "lrc.queue=8 lrc.global_hidden=8 lrc.global_projection=8 lrc.max_regions=32",
+    "pgl": "network.dims=3 data.size=32,32,32 pgl.head_hidden=8 pgl.projection=8 pgl.global_weight=1",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_methods_step_is_the_trainers(method):
+    """Marked or not, the same weights; every part of the step is there, backward as often in the loss and the networks as they alternate."""
+    made = profiled(f"loss.method={method}", *METHODS[method].split(), batch=2)
+    parts = made.memory("ours")
+    assert tuple(parts) == (NO_AVERAGE if method == "bim" else (*NO_AVERAGE, "moving average"))
+    assert abs(sum(part.added for part in parts.values())) <= 16 + (512 if method == "lrc" else 0)  # lrc: keys of the queue
+    assert all(seconds > 0 for seconds in made.seconds("ours").values())
+    plain = Training(made.config, CPU, source=None)
+    for step in range(3):
+        plain.step(step, repeat(synthetic(made.config, 2, plain.method.needs)), monitor=False)
+    for module in ("backbone", "method"):
+        mine, theirs = (getattr(training, module).state_dict() for training in (made.training, plain))
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_backward_of_the_loss_is_told_from_that_of_the_networks():
+    """A sleeping loss, and then a sleeping head, show where they slept."""
+    for who, part in (("loss", "loss backward"), ("head", "networks backward")):
+        made = profiled("loss.method=bim", "bim.heads=1", "bim.clusters=4", batch=2)
+        method = made.training.method
+        module = method.loss if who == "loss" else method.heads[0]
+        module.register_forward_hook(lambda _, given, out: Sleepy.apply(out))
+        seconds = made.seconds("ours")
+        assert seconds.pop(part) > 0.2 > max(seconds.values())
+
+
+class Sleepy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.2)
+        return grad
 
 
 def test_what_a_gpu_holds_beside_the_tensors_is_named(monkeypatch):
@@ -77,18 +132,18 @@ def test_what_a_gpu_holds_beside_the_tensors_is_named(monkeypatch):
 
 def test_parts_in_mixed_precision():
     made = profiled("pretrain.amp=fp16", "pretrain.clip_grad=1", "loss.objective=barlow")
-    assert tuple(made.seconds("ours")) == tuple(made.seconds("eager")) == PARTS
+    assert tuple(made.seconds("ours")) == tuple(made.seconds("eager")) == NO_AVERAGE
 
 
 def test_steps_that_read_from_a_folder(tmp_path):
     dataset(tmp_path, patients=3)
     config = load(None, [*TINY, "pretrain.batch_size=2"])
     with folder_source(tmp_path, config) as source:
-        images = first_batch(source, config)
+        images = Profiled(config, 2, CPU, source).batch.images
         result = profile_step(config, source, losses=("ours",), repeats=3)
     assert images.shape == (2, 1, 32, 32) and 0 <= images.min() < images.max() <= 1
     parts = result["losses"]["ours"]["parts"]
-    assert [part["part"] for part in parts] == [READING, *PARTS]
+    assert [part["part"] for part in parts] == [READING, *NO_AVERAGE]
     assert parts[0]["seconds"] > 0 and parts[0]["kept_bytes"] == parts[0]["peak_bytes"] == 0
     assert 0 < result["reading_cpu_seconds"] < result["losses"]["ours"]["step_seconds"]
 
@@ -115,10 +170,10 @@ def test_eager_stores_the_similarities_and_ours_does_not():
     one = similarity_bytes(made.config.loss, 1, 32 * 32)
     assert one == 4 * 2048**2
     eager, ours = made.memory("eager"), made.memory("ours")
-    before = eager["head, view 2"][0]
-    assert eager["loss forward"][1] - before >= one
-    assert COPIES * one <= eager["loss backward"][1] - before < (COPIES + 0.5) * one
-    assert max(ours[part][1] for part in ("loss forward", "loss backward")) - ours["head, view 2"][0] < one / 10
+    before = eager["heads"].kept
+    assert eager["loss forward"].peak - before >= one
+    assert COPIES * one <= eager["loss backward"].peak - before < (COPIES + 0.5) * one
+    assert max(ours[part].peak for part in ("loss forward", "loss backward")) - ours["heads"].kept < one / 10
 
 
 def test_profiled_step_is_the_trainers():
@@ -127,7 +182,7 @@ def test_profiled_step_is_the_trainers():
     config = made.config
     plain = Training(config, CPU, source=None)
     for step in range(3):
-        plain.step(step, repeat(Batch(synthetic(config, 2))), monitor=False)
+        plain.step(step, repeat(synthetic(config, 2)), monitor=False)
     for mine, theirs in zip(made.training.parameters, plain.parameters, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -153,7 +208,7 @@ def test_plain_loss_is_the_fused_one(objective, samples, extra):
 def test_resident_memory_holds_the_tensors():
     """The kernel's count is that of whole pages: at least the tensors, less what the small step before left in malloc's hands."""
     made = profiled("loss.num_samples=null")
-    tensors = max(peak for _, peak in made.memory("eager").values())
+    tensors = max(part.peak for part in made.memory("eager").values())
     grown = in_fresh_process(made.config, "eager")["resident_bytes"]
     assert 0.8 * tensors < grown < 2 * tensors
 
@@ -226,7 +281,7 @@ def test_command_prints_and_writes(tmp_path):
     file = tmp_path / "out" / "step.json"
     result = pix2rep(*TINY, "--no-resident", "--limit", 1, "--json", file)
     assert result.exit_code == 0, result.output
-    assert all(part in result.output for part in (*PARTS, "parameters", "images/s", "peak of all"))
+    assert all(part in result.output for part in (*NO_AVERAGE, "parameters", "images/s", "peak of all"))
     written = json.loads(file.read_text())
     assert [path.name for path in file.parent.iterdir()] == ["step.json"]
     assert {"torch", "python"} <= set(written["versions"]) and written["config"]["loss"]["num_samples"] == 64
@@ -243,6 +298,12 @@ def test_command_fits(tmp_path, monkeypatch):
     assert [row["loss"] for row in json.loads((tmp_path / "fit.json").read_text())["rows"]] == ["ours", "eager", "ours", "eager"]
 
 
+def test_command_fits_another_method():
+    result = pix2rep(*TINY, "loss.method=bim", "bim.heads=1", "bim.clusters=4", "--fit", "30MiB", "--limit", 1)
+    assert result.exit_code == 0, result.output
+    assert "ours" in result.output and "eager" not in result.output and "batches" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -250,7 +311,7 @@ def test_command_fits(tmp_path, monkeypatch):
         (["--snapshot", "{folder}/memory.pickle"], "error: --snapshot must be used on a CUDA device (PyTorch records no allocations of a CPU)"),
         (["--data", "{folder}"], "error: data.root must be a folder with .nii or .nii.gz files"),
         (["--fit", "1GiB", "--snapshot", "{folder}/memory.pickle"], "--fit takes neither --snapshot nor --data"),
-        (["loss.method=bim"], "error: loss.method must be \"pix2rep\" to be profiled (no other has an eager twin here), got 'bim'"),
+        (["loss.method=bin"], "error: loss.method must be one of pix2rep, bim"),
         (["loss.objective=barlo"], "error: loss.objective must be 'infonce' or 'barlow', got 'barlo'"),
     ],
 )
