@@ -125,6 +125,20 @@ def test_layouts_and_mixed_precision():
     assert abs(mixed - want) < 4 * torch.finfo(torch.bfloat16).eps / 0.53
 
 
+@pytest.mark.parametrize("objective", ["infonce", "barlow"])
+@pytest.mark.parametrize("samples", [20, None])
+def test_a_linear_head_on_rows_is_the_head_on_maps(objective, samples):
+    """Interpolation and a linear head commute; with a bias too, inside the map."""
+    maps, weight = [torch.randn(2, 5, 6, 6) for _ in range(2)], torch.randn(4, 5)
+    theta = 0.5 * torch.eye(2, 3).repeat(2, 1, 1)
+    loss = Pix2RepLoss(objective, num_samples=samples)
+    on_rows = loss(*maps, theta, head=lambda rows: rows @ weight.T + 0.3, generator=torch.Generator().manual_seed(0))
+    on_maps = loss(*(torch.einsum("dc,bchw->bdhw", weight, m) + 0.3 for m in maps), theta, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(on_rows, on_maps)
+    with pytest.raises(ValueError, match=r"`head` must give rows \[P, D\] for rows \[P, C\] = \("):
+        loss(*maps, theta, head=lambda rows: rows.T[:3])
+
+
 @pytest.mark.parametrize("kw", [{}, {"num_samples": None}, {"num_samples": 40, "outside": "drop"}, {"num_samples": 40, "per_image": True}])
 def test_compiles_in_one_graph(kw):
     torch._dynamo.reset()  # the graphs of other tests count

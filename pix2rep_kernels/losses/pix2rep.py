@@ -1,15 +1,17 @@
 """Pix2Rep: equivariant pixel-level contrast (arXiv 2407.20395, MIDL 2024), and its Barlow Twins form Pix2Rep-v2 (arXiv 2609.01427)."""
 
 import math
+from collections.abc import Callable
 from numbers import Integral
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pix2rep_kernels import distributed
 from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_dtype, expect_temperature, expect_tensor
 from pix2rep_kernels.dispatch import CHOICES
-from pix2rep_kernels.losses.common import checked_mask, expect_finite, expect_like, expect_map, flag, weight
+from pix2rep_kernels.losses.common import checked_mask, compute_dtype, expect_finite, expect_like, expect_map, flag, weight
 from pix2rep_kernels.ops.crosscorr import correlation, moments
 from pix2rep_kernels.ops.infonce import infonce
 from pix2rep_kernels.ops.warp import MODES, warp
@@ -48,6 +50,9 @@ class Pix2RepLoss(nn.Module):
         grid: affine [B, d, d+1] or dense [B, *S, d] (align_corners=True), or None where the views are aligned already.
         mask: [B, *S] or [B, 1, *S] bool, pixels of the warped frame that may be drawn.
         points: int64 flat indices into B * prod(S): [P], or [B, P] inside one image each with `per_image`. Replaces the draw.
+        head: None, or a callable [P, C] -> [P, D] that the gathered rows of each view go through, view 1 first: `features_*` are then the backbone's, and a
+            projection head costs O(P) instead of O(pixels). Not the same loss: features are interpolated before the head instead of after it, and batch
+            norms of the head see the P rows of a view. A row outside the map is 0 before the head.
         generator: of the draw, on the features' device. `torch.compile(fullgraph=True)` holds for generator=None or given points.
         output: scalar, float32 (float64 for float64 features); of "infonce" the mean over the anchors drawn. 0 when no pixel is valid.
 
@@ -93,6 +98,7 @@ class Pix2RepLoss(nn.Module):
         *,
         mask: Tensor | None = None,
         points: Tensor | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         mask = self._check(features_1, features_2, grid, mask, points)
@@ -105,8 +111,8 @@ class Pix2RepLoss(nn.Module):
             first = torch.arange(batch, device=points.device).unsqueeze(1) * pixels
             # An index past its image must not take the next one's pixel: -1 is outside for `warp`, which gives NaN.
             points = torch.where((points >= 0) & (points < pixels), points + first, -1).flatten()
-        rows_1, inside = self._rows(features_1, grid, points)
-        rows_2, _ = self._rows(features_2, None, points)
+        rows_1, inside = self._rows(features_1, grid, points, head)
+        rows_2, _ = self._rows(features_2, None, points, head)
         valid = None if valid is None else valid.flatten()
         if self.outside == "drop" and grid is not None:
             valid = inside if valid is None else valid & inside
@@ -127,13 +133,23 @@ class Pix2RepLoss(nn.Module):
     def _ranks(self) -> int:
         return distributed.ranks() if self.gather_distributed else 1
 
-    def _rows(self, features, grid, points) -> tuple[Tensor, Tensor | None]:
-        """Rows [P, C] of the map at the points, warped by the grid if there is one, and which lie inside."""
+    def _rows(self, features, grid, points, head) -> tuple[Tensor, Tensor | None]:
+        """Rows [P, C] of the map at the points, warped by the grid if there is one, through the head if there is one, and which lie inside."""
         normalize = self.objective == "infonce"
-        if grid is None and points is None and not normalize:
-            return features.movedim(1, -1).flatten(0, -2), None
-        mode, grid = (self.mode, grid) if grid is not None else ("nearest", identity(features))
-        return warp(features, grid, points=points, mode=mode, normalize=normalize, backend=self.backend)
+        if grid is None and points is None and (head or not normalize):
+            rows, inside = features.movedim(1, -1).flatten(0, -2), None
+        else:
+            mode, grid = (self.mode, grid) if grid is not None else ("nearest", identity(features))
+            rows, inside = warp(features, grid, points=points, mode=mode, normalize=normalize and not head, backend=self.backend)
+        return (rows if head is None else self._projected(rows, head, normalize)), inside
+
+    @staticmethod
+    def _projected(rows: Tensor, head: Callable[[Tensor], Tensor], normalize: bool) -> Tensor:
+        made = head(rows)
+        if not isinstance(made, Tensor) or made.ndim != 2 or len(made) != len(rows):
+            shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            expect(False, "head", f"give rows [P, D] for rows [P, C] = {tuple(rows.shape)}", shape)
+        return F.normalize(made.to(compute_dtype(made)), dim=1) if normalize else made
 
     def _barlow(self, rows_1, rows_2, valid) -> Tensor:
         found = (distributed.moments if self._ranks() > 1 else moments)(rows_1, rows_2, weight=valid, backend=self.backend)

@@ -94,6 +94,7 @@ class LossConfig:
     lambda_param: float = 5e-3  # of barlow: weight of the entries off the diagonal
     num_samples: int | None = 1000  # pixel pairs a batch; null: every pixel
     per_image: bool = False
+    head_on: Literal["map", "rows"] = "map"  # "rows": the head sees the pixels drawn alone, its batch statistics are theirs; less memory and time
     outside: Literal["keep", "drop"] = "keep"  # "keep" (official): pixels that the warp took from outside the image count too
     mode: Literal["linear", "nearest", "bicubic"] = "linear"  # interpolation of image and features
     backend: str = "auto"

@@ -6,6 +6,7 @@ first, as autocast does for `grid_sample`.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,9 @@ class PlainLoss:
     def __init__(self, config: LossConfig):
         self.config = config
 
-    def __call__(self, features_1: Tensor, features_2: Tensor, grid: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self, features_1: Tensor, features_2: Tensor, grid: Tensor, *, head: Callable | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         config, size = self.config, features_1.shape[2:]
         if features_1.dtype in (torch.float16, torch.bfloat16):
             features_1, features_2 = features_1.float(), features_2.float()
@@ -32,15 +35,14 @@ class PlainLoss:
         warped = F.grid_sample(features_1, positions, mode=IMAGE_MODE[config.mode], align_corners=True)
         rows = [f.movedim(1, -1).flatten(0, -2) for f in (warped, features_2)]
         groups = self._drawn(len(features_1), math.prod(size), features_1.device, generator)
-        if config.outside == "drop":
-            inside, every = (positions.abs() <= 1).all(-1).flatten(), torch.arange(positions[..., 0].numel(), device=grid.device)
-            groups = [points[inside[points]] for points in (every[group] for group in groups)]
+        points = groups[0] if len(groups) == 1 else torch.cat(groups)
+        rows = [r[points] if head is None else head(r[points]).float() for r in rows]
+        inside = (positions.abs() <= 1).all(-1).flatten()[points] if config.outside == "drop" else torch.ones(len(rows[0]), dtype=torch.bool)
         if config.objective == "barlow":
-            points = groups[0] if len(groups) == 1 else torch.cat(groups)
-            return barlow(*(r[points] for r in rows), config.lambda_param)
-        rows = [F.normalize(r) for r in rows]
-        pairs = [[r[points] for r in rows] for points in groups]
-        return sum(nt_xent(*pair, config.temperature) for pair in pairs) / (2 * sum(len(a) for a, _ in pairs))
+            return barlow(*(r[inside] if config.outside == "drop" else r for r in rows), config.lambda_param)
+        parts = [r.chunk(len(groups)) for r in (F.normalize(rows[0]), F.normalize(rows[1]), inside)]  # groups are equally large
+        pairs = [(a[keep], b[keep]) if config.outside == "drop" else (a, b) for a, b, keep in zip(*parts, strict=True)]
+        return sum(nt_xent(a, b, config.temperature) for a, b in pairs) / (2 * sum(len(a) for a, _ in pairs))
 
     def _drawn(self, batch: int, pixels: int, device, generator) -> list[Tensor | slice]:
         """Flat indices of the pixels that are contrasted with each other, a group an entry."""

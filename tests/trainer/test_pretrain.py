@@ -17,6 +17,7 @@ from pix2rep.config import PretrainConfig, load
 from pix2rep.methods.base import Batch
 from pix2rep.methods.pix2rep import Pix2Rep
 from pix2rep.monitor import collapse
+from pix2rep.networks import CONV
 from pix2rep.pretrain import Interrupted, NonFiniteLoss, run
 from pix2rep.training import Training, learning_rate, seed_of
 
@@ -322,6 +323,24 @@ def test_equivariant_features_are_aligned(elastic):
     assert stats["alignment"] < 1e-10
     assert loss.requires_grad
     assert method.step(Pointwise(), batch, torch.Generator().manual_seed(0))[1] == {}
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_head_on_rows_sees_the_pixels_drawn(dims):
+    """A linear head gives the loss that it gives on maps; it is called once a view, with as many rows as pixels are drawn."""
+    seen, losses = [], []
+    for where in ("rows", "map"):
+        config = load(None, [f"loss.head_on={where}", "loss.num_samples=50", f"network.dims={dims}", "data.size=" + ",".join(["12"] * dims)])
+        method = Pix2Rep(config, Pointwise())
+        torch.manual_seed(1)
+        method.head = CONV[dims](6, 5, 1, bias=False)
+        method.head.register_forward_hook(lambda _, given, out: seen.append(out[0, 0].numel() * len(out)))
+        batch = Batch(torch.rand(2, 1, *[12] * dims, generator=torch.Generator().manual_seed(2)))
+        loss, stats = method.step(lambda x: torch.cat([x + k for k in range(6)], 1).sin(), batch, torch.Generator().manual_seed(0), monitor=True)
+        losses.append(loss)
+        assert 0 <= stats["alignment"] < 4
+    assert seen == [50, 50, 2 * 12**dims, 2 * 12**dims]
+    torch.testing.assert_close(*losses)
 
 
 def test_collapse_statistics():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from pix2rep import fit, meter, profile, profile_report
@@ -187,19 +188,21 @@ def test_profiled_step_is_the_trainers():
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("extra", ["outside=keep", "outside=drop", "per_image=true"])
+@pytest.mark.parametrize("extra", ["outside=keep", "outside=drop", "per_image=true", "head_on=rows", "per_image=true loss.head_on=rows loss.outside=drop"])
 @pytest.mark.parametrize("samples", ["40", "null"])
 @pytest.mark.parametrize("objective", ["infonce", "barlow"])
 def test_plain_loss_is_the_fused_one(objective, samples, extra):
-    loss = load(None, [f"loss.objective={objective}", f"loss.num_samples={samples}", f"loss.{extra}", "loss.lambda_param=0.1"]).loss
+    loss = load(None, [f"loss.objective={objective}", f"loss.num_samples={samples}", *f"loss.{extra}".split(), "loss.lambda_param=0.1"]).loss
     fused = Pix2RepLoss(objective, lambda_param=0.1, num_samples=loss.num_samples, per_image=loss.per_image, outside=loss.outside)
     theta = torch.eye(2, 3).repeat(2, 1, 1) + 0.2 * torch.randn(2, 2, 3)
 
     def step(criterion, dtype):
         maps = [torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(k)).to(dtype).requires_grad_() for k in (1, 2)]
-        value = criterion(*maps, theta.to(dtype), generator=torch.Generator().manual_seed(3))
+        weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(4)).to(dtype).requires_grad_()
+        head = (lambda rows: F.batch_norm(rows, None, None, training=True).tanh() @ weight) if loss.head_on == "rows" else None
+        value = criterion(*maps, theta.to(dtype), head=head, generator=torch.Generator().manual_seed(3))
         value.backward()
-        return [value.detach(), *(f.grad for f in maps)]
+        return [value.detach(), *(f.grad for f in maps), *([weight.grad] if head else [])]
 
     truth = step(PlainLoss(loss), torch.float64)
     assert error(step(fused, torch.float32), truth) <= tolerance(error(step(PlainLoss(loss), torch.float32), truth), torch.float32)

@@ -4,7 +4,7 @@
     v2 = W_phi(psi_2(x))       F2 = h(f(v2))           L = NT-Xent over pixel pairs (F1(p), F2(p))
 
 psi: photometric, drawn for each view; phi: one spatial transform an image. f (backbone) and h (head) see the views in separate calls:
-batch statistics belong to a view.
+batch statistics belong to a view. loss.head_on=rows puts h behind the gathering of the pixels drawn: F1(p) = h(W_phi(f(v1))(p)).
 """
 
 from collections.abc import Callable
@@ -41,18 +41,26 @@ class Pix2Rep(Method):
         view_1 = self.photometric(images, generator)
         grid = self.spatial(images.shape[0], images.shape[2:], generator, images.device, batch.spacing)
         view_2 = warp_image(self.photometric(images, generator), grid, IMAGE_MODE[self.mode])
-        features_1 = self.project(backbone(view_1))  # [B, D, *S]
-        features_2 = self.project(backbone(view_2))
-        loss = self.contrast(features_1, features_2, grid, generator=generator)
+        on_rows = self.config.loss.head_on == "rows"
+        features_1, features_2 = (self._features(backbone, view, not on_rows) for view in (view_1, view_2))
+        loss = self.contrast(features_1, features_2, grid, head=self._rows if on_rows else None, generator=generator)
         return loss, self._monitor(features_1.detach(), features_2.detach(), grid) if monitor else {}
 
-    def project(self, features: Tensor) -> Tensor:
-        return self.call(self.head, features)
+    def contrast(self, features_1: Tensor, features_2: Tensor, grid: Tensor, **options) -> Tensor:
+        return self.loss(features_1, features_2, grid, **options)
 
-    def contrast(self, features_1: Tensor, features_2: Tensor, grid: Tensor, *, generator: torch.Generator) -> Tensor:
-        return self.loss(features_1, features_2, grid, generator=generator)
+    def _features(self, backbone: Callable, view: Tensor, projected: bool) -> Tensor:
+        """[B, D, *S], or the backbone's [B, C, *S]."""
+        features = backbone(view)
+        return self.call(self.head, features) if projected else features
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """The head on rows [P, C] -> [P, D], as a map of one image."""
+        ones = (1,) * (self.config.network.dims - 1)
+        return self.call(self.head, rows.T.reshape(1, rows.shape[1], -1, *ones)).flatten(1).view(-1, len(rows)).T
 
     def _monitor(self, features_1: Tensor, features_2: Tensor, grid: Tensor) -> dict[str, float]:
+        """Of the maps that the loss looks at: with the head on rows, those before it."""
         pixels = features_2.movedim(1, -1)  # [B, *S, D]
         total = pixels[..., 0].numel()
         points = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:MONITORED].to(pixels.device)
