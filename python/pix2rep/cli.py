@@ -51,7 +51,9 @@ class Kind(str, Enum):
 
 @app.callback()
 def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    pass
+    from pix2rep.heap import ask_for_huge_pages
+
+    ask_for_huge_pages()
 
 
 @app.command()

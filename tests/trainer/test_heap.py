@@ -1,6 +1,9 @@
 """Freed memory goes back to the system, when it is worth it."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +43,29 @@ def test_without_glibc_nothing_happens(monkeypatch):
     own = heap.Heap()
     own._trim = None
     assert own.trim() is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux does")
+def test_commands_take_large_tensors_in_huge_pages(tmp_path):
+    """As many page faults as pages of 2 MiB, not of 4 KiB, unless the environment says otherwise."""
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not switch.is_file() or "[never]" in switch.read_text():
+        pytest.skip("this kernel has no transparent huge pages")
+    code = """if True:
+        import resource, sys
+        from typer.testing import CliRunner
+        from pix2rep.cli import app
+        CliRunner().invoke(app, ["info"])
+        import torch
+        torch.empty(2**22)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(2**26)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    faults = {}
+    for asked in ("0", None):
+        environment = {key: value for key, value in os.environ.items() if key != heap.HUGE} | ({heap.HUGE: asked} if asked else {})
+        faults[asked] = int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout)
+    if faults["0"] < 2**26 * 4 // 4096 // 2:
+        pytest.skip("pages are large here without asking")
+    assert faults[None] < faults["0"] / 10
