@@ -390,10 +390,13 @@ def test_steps_are_written_with_what_they_belong_to(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(step, "NETWORKS", {"tiny": load(None, TINY)})
     monkeypatch.setattr(step, "batches", lambda full, large: {2: [("infonce", 64), ("barlow", None)]})
+    monkeypatch.setattr(step, "METHODS", {2: [("lrc", 3)]})
     step.main(["--threads", "1", "--repeats", "1", "--limit", "1", "--json", str(tmp_path / "step.json")])
     found = json.loads((tmp_path / "step.json").read_text())
     assert found["threads"] == 1 and {"device", "commit", "versions", "command"} <= found.keys()
     sides = [(row["objective"], row["num_samples"], row["loss"], row["B"]) for row in found["rows"]]
-    assert sides == [(objective, samples, loss, 2) for objective, samples in (("infonce", 64), ("barlow", None)) for loss in ("ours", "eager")]
-    assert all(row["images_per_s"] > 0 and 0 < row["loss_share"] < 1 for row in found["rows"])
-    assert capsys.readouterr().out.count("tiny") == 4
+    assert sides == [(objective, samples, loss, 2) for objective, samples in (("infonce", 64), ("barlow", None)) for loss in ("ours", "eager")] + [
+        ("lrc", 3, "ours", 1)
+    ]
+    assert all(row["images_per_s"] > 0 and 0 < row["loss_share"] < 1 and row["loss_MiB"] >= 0 for row in found["rows"])
+    assert capsys.readouterr().out.count("tiny") == 5
