@@ -98,8 +98,8 @@ def table(content: dict) -> str:
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     steps = " / ".join(f"{dims}D {', '.join(map(str, sorted({row['steps'] for row in content['rows'] if row['dims'] == dims})))}" for dims in (2, 3))
     return text + (
-        f"\nLinear probe on the frozen backbone, one labelled patient, three draws of it; 3D Dice, mean over classes and test patients [95 % interval over patients]."
-        f" One pre-training each, of {steps} steps. Memory: bytes of tensors. {content['device']}, {content['threads']} threads;"
+        "\nLinear probe on the frozen backbone, one labelled patient, three draws of it; 3D Dice, mean over classes and test patients"
+        f" [95 % interval over patients]. One pre-training each, of {steps} steps. Memory: bytes of tensors. {content['device']}, {content['threads']} threads;"
         f" `{content['command']}`; commit {content['commit'][:7]}.\n"
     )
 
