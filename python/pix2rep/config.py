@@ -246,6 +246,7 @@ def check(config: Config) -> None:
         (config.split.val + config.split.test < 1, "split.val", f"under 1 with split.test = {config.split.test:g}"),
         (config.loss.temperature > 0, "loss.temperature", "above 0"),
         (0 <= config.downstream.sliding_overlap < 1, "downstream.sliding_overlap", "at least 0 and under 1"),
+        (len(config.downstream.teacher_weight) > 0, "downstream.teacher_weight", "a list of at least one number"),
         (0 < config.downstream.teacher_ramp <= 1, "downstream.teacher_ramp", "a share of the steps, above 0"),
         (0 <= config.downstream.teacher_decay < 1, "downstream.teacher_decay", "at least 0 and under 1"),
         (config.pretrain.lr > 0, "pretrain.lr", "above 0"),
