@@ -134,9 +134,9 @@ class DownstreamConfig:
     finetune_batch_size: int = 16
     finetune_lr: tuple[float, ...] = (5e-4, 2e-3)  # backbone; tried likewise, for both arms
     finetune_head_lr: float = 1e-2
-    teacher_weight: tuple[float, ...] = (10.0,)  # mean teacher only: of the consistency loss, once ramped up; tried likewise
+    teacher_weight: tuple[float, ...] = (1.0, 10.0)  # mean teacher only: of the consistency loss, once ramped up; tried likewise
     teacher_ramp: float = 0.4  # share of the steps; the weight grows as exp(-5 (1 - t)^2), t from 0 to 1
-    teacher_decay: float = 0.99  # of the teacher's weights, a step; a plain mean of all so far while that is shorter
+    teacher_decay: float = 0.95  # of the teacher's weights, a step (paper's 0.99 to 0.999 want thousands); a plain mean of all so far while that is shorter
     teacher_batch_size: int = 16  # unlabelled images a step
     weight_decay: float = 1e-5
     augment: bool = True  # fine-tuning only: the spatial changes below, then `photometric`
