@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT, surroundings, write_json
 
-PER = {"probe": "linear probe", "finetune": "fine-tuned"}
+PER = {"probe": "linear probe", "finetune": "fine-tuned", "mean_teacher": "mean teacher"}
 
 
 def table(content: dict) -> str:

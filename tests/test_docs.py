@@ -32,7 +32,8 @@ TINY = {
     "pretrain": "data.size=32,32 data.spacing=null network.channels=4,4,8,8,8 network.features=8 network.head_hidden=8 network.projection=8"
     " loss.num_samples=64 split.val=0.2 split.test=0.2 pretrain.steps=2 pretrain.batch_size=2 pretrain.device=cpu pretrain.threads=1",
     "downstream": "downstream.labelled=1 downstream.seeds=0 downstream.probe_steps=2 downstream.probe_lr=0.1 downstream.class_weights=none"
-    " downstream.finetune_steps=2 downstream.finetune_batch_size=2 downstream.finetune_lr=1e-3 downstream.overlays=1 downstream.bootstrap=50",
+    " downstream.finetune_steps=2 downstream.finetune_batch_size=2 downstream.finetune_lr=1e-3 downstream.overlays=1 downstream.bootstrap=50"
+    " downstream.teacher_weight=1 downstream.teacher_batch_size=2",
 }
 COMMANDS = typer.main.get_command(app).commands
 

@@ -199,9 +199,15 @@ def probe(run: Run, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def finetune(run: Run, overrides: Overrides = None) -> None:
+def finetune(
+    run: Run,
+    overrides: Overrides = None,
+    mean_teacher: Annotated[
+        bool, typer.Option("--mean-teacher", help="Learn from the unlabelled images too; results go to RUN/mean_teacher, not to RUN/finetune.")
+    ] = False,
+) -> None:
     """Fine-tune the backbone of RUN from a few labelled patients, beside the same from random weights."""
-    _downstream(run, overrides, "finetune")
+    _downstream(run, overrides, "mean_teacher" if mean_teacher else "finetune")
 
 
 @app.command()

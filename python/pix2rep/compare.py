@@ -30,7 +30,7 @@ from pix2rep.data.discover import discover
 from pix2rep.data.patches import open_source
 from pix2rep.data.splits import PARTS, labelled_patients, make_split, read_split, warn_of_shared_images, write_split
 from pix2rep.log import say
-from pix2rep.plan import Plan, plan_of, to_dict
+from pix2rep.plan import TASKS, Plan, plan_of, to_dict
 from pix2rep.pretrain import versions
 from pix2rep.study import Study, study_of
 from pix2rep.typed import ConfigError, Loader
@@ -296,7 +296,7 @@ def _record(comparison: Comparison, clock: _Clock) -> None:
     session = {"versions": versions(), "cpus": os.cpu_count(), "threads": comparison.threads or torch.get_num_threads(), "jobs": comparison.jobs}
     sessions.append(session | {"device": comparison.study.device.type, "seconds": clock.stages})
     total = sum(seconds for one in sessions for seconds in one["seconds"].values())
-    jobs = {"pretrain": 0.0, "probe": 0.0, "finetune": 0.0}
+    jobs = dict.fromkeys(("pretrain", *TASKS), 0.0)
     for job in (*comparison.pretrainings(), *comparison.cells()):
         record = records.read(job.record)
         if record and "failed" not in record:

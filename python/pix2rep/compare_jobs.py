@@ -29,7 +29,7 @@ PATIENCE = 120  # seconds that a stopped worker has for its step and its checkpo
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """`task` is "pretrain", "probe" or "finetune"; `inputs` are what decides the result (`compare_records`)."""
+    """`task` is "pretrain" or one of plan.TASKS; `inputs` are what decides the result (`compare_records`)."""
 
     config: Config
     out: Path

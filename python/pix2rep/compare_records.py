@@ -19,11 +19,12 @@ from pix2rep.config import Config
 from pix2rep.pretrain import FREE
 
 PLACES = ("data.root", "data.cache", "split.")
-# Of the downstream options, those that train neither kind of model, and those of one kind alone.
+# Of the downstream options, those that train no kind of model, and those of other kinds alone.
 REPORTING = ("downstream.labelled", "downstream.seeds", "downstream.overlays", "downstream.bootstrap")
 OF_THE_OTHER = {
-    "probe": ("downstream.finetune_", "downstream.augment", "spatial.", "photometric."),
-    "finetune": ("downstream.probe_", "downstream.class_weights"),
+    "probe": ("downstream.finetune_", "downstream.teacher_", "downstream.augment", "spatial.", "photometric."),
+    "finetune": ("downstream.probe_", "downstream.class_weights", "downstream.teacher_"),
+    "mean_teacher": ("downstream.probe_", "downstream.class_weights"),
 }
 
 

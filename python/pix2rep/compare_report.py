@@ -13,7 +13,7 @@ from pix2rep.plan import to_dict
 from pix2rep.pretrain import versions
 
 COLUMNS = ("task", "labelled", "seed", "method", "patient", "frame", "case", "class", "dice", "hd95", "hd95_unit", "truth_voxels", "predicted_voxels")
-CHOICE = ("lr", "class_weights", "step", "validation_dice")
+CHOICE = ("lr", "class_weights", "teacher_weight", "step", "validation_dice")
 
 
 def write(comparison) -> dict:
@@ -123,6 +123,7 @@ def caption(result: dict) -> list[str]:
         if entry["pretrain"]
     ]
     random = [name for name, entry in result["methods"].items() if not entry["pretrain"]]
+    taught = f", with a mean teacher too, on {down['teacher_batch_size']} unlabelled images each" if "mean_teacher" in result["plan"]["tasks"] else ""
     said = [
         f"Data: {result['data']}; patients for pre-training / validation / test: {counts}; {result['labelled_of']} of the first have labels "
         "to draw from, nested in their number for a seed.",
@@ -131,7 +132,7 @@ def caption(result: dict) -> list[str]:
         f"[ ]: {INTERVAL}; {down['bootstrap']} resamples.",
         "Settings (learning rate, class weights, step) are chosen by Dice on the validation patients, for every method alike; no test "
         "patient decides anything.",
-        f"Steps: pre-training {'; '.join(arms) or 'none'}; probe {down['probe_steps']}; fine-tuning {down['finetune_steps']}."
+        f"Steps: pre-training {'; '.join(arms) or 'none'}; probe {down['probe_steps']}; fine-tuning {down['finetune_steps']}{taught}."
         + (f" Random initialisation: {', '.join(random)}." if random else ""),
         f"HD95 in {result['hd95_unit'] or '-'}; (k/m): undefined in k of m. {result['policy'][0].upper()}{result['policy'][1:]}.",
     ]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pix2rep.method_config import BimConfig, LrcConfig, PglConfig
+from pix2rep.method_config import BimConfig, LrcConfig, PglConfig, SimclrConfig
 from pix2rep.typed import ConfigError, Loader, parsed, shown, typed
 
 
@@ -126,7 +126,7 @@ class PretrainConfig:
 
 @dataclass
 class DownstreamConfig:
-    labelled: tuple[int, ...] = (1,)  # patients with labels
+    labelled: tuple[int | Literal["all"], ...] = (1,)  # patients with labels; "all": every one of the split's pretrain part that has some
     seeds: tuple[int, ...] = (0, 1, 2)  # each draws its own labelled patients
     probe_steps: int = 400
     probe_lr: tuple[float, ...] = (0.1, 0.02, 7.6e-3)  # tried on the validation patients, for both arms
@@ -135,6 +135,10 @@ class DownstreamConfig:
     finetune_batch_size: int = 16
     finetune_lr: tuple[float, ...] = (5e-4, 2e-3)  # backbone; tried likewise, for both arms
     finetune_head_lr: float = 1e-2
+    teacher_weight: tuple[float, ...] = (1.0, 10.0)  # mean teacher only: of the consistency loss, once ramped up; tried likewise
+    teacher_ramp: float = 0.4  # share of the steps; the weight grows as exp(-5 (1 - t)^2), t from 0 to 1
+    teacher_decay: float = 0.95  # of the teacher's weights, a step (paper's 0.99 to 0.999 want thousands); a plain mean of all so far while that is shorter
+    teacher_batch_size: int = 16  # unlabelled images a step
     weight_decay: float = 1e-5
     augment: bool = True  # fine-tuning only: the spatial changes below, then `photometric`
     augment_p: float = 0.8  # probability of the spatial ones, per image
@@ -158,11 +162,12 @@ class Config:
     bim: BimConfig = field(default_factory=BimConfig)
     lrc: LrcConfig = field(default_factory=LrcConfig)
     pgl: PglConfig = field(default_factory=PglConfig)
+    simclr: SimclrConfig = field(default_factory=SimclrConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
 
 
-METHOD_PARTS = ("bim", "lrc", "pgl")
+METHOD_PARTS = ("bim", "lrc", "pgl", "simclr")
 PRESETS = Path(__file__).with_name("configs")
 
 
@@ -228,7 +233,7 @@ def check(config: Config) -> None:
     for bound, keys in _AT_LEAST.items():
         for key in keys.split():
             entries = value[key] if isinstance(value[key], tuple) else (value[key],)
-            if any(entry is not None and entry < bound for entry in entries):
+            if any(isinstance(entry, int | float) and entry < bound for entry in entries):
                 raise ConfigError(f"{key} must be at least {bound}, got {shown(value[key])}")
     low, high = config.data.percentiles
     small, large = config.spatial.scale
@@ -242,6 +247,9 @@ def check(config: Config) -> None:
         (config.split.val + config.split.test < 1, "split.val", f"under 1 with split.test = {config.split.test:g}"),
         (config.loss.temperature > 0, "loss.temperature", "above 0"),
         (0 <= config.downstream.sliding_overlap < 1, "downstream.sliding_overlap", "at least 0 and under 1"),
+        (len(config.downstream.teacher_weight) > 0, "downstream.teacher_weight", "a list of at least one number"),
+        (0 < config.downstream.teacher_ramp <= 1, "downstream.teacher_ramp", "a share of the steps, above 0"),
+        (0 <= config.downstream.teacher_decay < 1, "downstream.teacher_decay", "at least 0 and under 1"),
         (config.pretrain.lr > 0, "pretrain.lr", "above 0"),
         (config.pretrain.warmup <= 1, "pretrain.warmup", "a share of the steps, 0 to 1"),
         (config.pretrain.clip_grad is None or config.pretrain.clip_grad > 0, "pretrain.clip_grad", "above 0, or null"),
@@ -253,10 +261,11 @@ def check(config: Config) -> None:
 
 _AT_LEAST = {
     0: "data.roi_margin split.val split.test split.seed loss.lambda_param pretrain.seed downstream.seeds"
-    " network.head_depth pretrain.weight_decay pretrain.warmup",
+    " network.head_depth pretrain.weight_decay pretrain.warmup downstream.teacher_weight",
     1: "data.size network.channels network.features network.head_hidden network.projection loss.num_samples"
     " pretrain.steps pretrain.batch_size pretrain.accumulate pretrain.threads pretrain.log_every pretrain.checkpoint_every pretrain.keep"
-    " downstream.labelled downstream.probe_steps downstream.finetune_steps downstream.finetune_batch_size downstream.bootstrap",
+    " downstream.labelled downstream.probe_steps downstream.finetune_steps downstream.finetune_batch_size"
+    " downstream.teacher_batch_size downstream.bootstrap",
 }
 
 

@@ -6,6 +6,7 @@ a network that has seen the data.
 """
 
 import copy
+import itertools
 import math
 import time
 from pathlib import Path
@@ -20,7 +21,9 @@ from pix2rep.data.cache import PreparedCase
 from pix2rep.data.patches import open_source
 from pix2rep.data.slices import StepSampler
 from pix2rep.data.splits import labelled_patients
+from pix2rep.mean_teacher import MeanTeacher
 from pix2rep.networks import Segmenter, build_backbone
+from pix2rep.plan import TASKS, count_of
 from pix2rep.study import Study, open_study
 
 SETTLING_BATCHES = 32  # batches that estimate BatchNorm statistics
@@ -32,11 +35,11 @@ def run(run_dir: Path, config: Config, what: str) -> dict:
     """Probe or fine-tune for every downstream.labelled x downstream.seeds x arm, test each model, and write RUN/<what>/.
 
     Results of an earlier call stay there until all of the new ones are written; a call that ends before leaves RUN/<what>.partial.
-    what: "probe" | "finetune". Returns the report that results.json holds. Raises FileNotFoundError for a run without weights, ValueError
+    what: one of plan.TASKS. Returns the report that results.json holds. Raises FileNotFoundError for a run without weights, ValueError
     for too few labelled patients or a part of the split without labels.
     """
-    if what not in ("probe", "finetune"):
-        raise ValueError(f'what must be "probe" or "finetune", got {what!r}')
+    if what not in TASKS:
+        raise ValueError(f"what must be one of {', '.join(TASKS)}, got {what!r}")
     with disk.replaced(Path(run_dir) / what, OWN) as folder:
         result = _run(Path(run_dir), config, what, folder)
     report.show(result)
@@ -54,7 +57,9 @@ def _run(run_dir: Path, config: Config, what: str, folder: Path) -> dict:
     pool = study.volumes("pretrain")
     down = config.downstream
     # Every draw is made before the first model is trained: too few patients must not cost an hour.
-    draws = {(n, seed): labelled_patients(study.split, pool, n, seed) for n in down.labelled for seed in down.seeds}
+    total = len({case.patient for case in pool})
+    counts = dict.fromkeys(count_of(entry, total) for entry in down.labelled)
+    draws = {(n, seed): labelled_patients(study.split, pool, n, seed) for n in counts for seed in down.seeds}
     rows, models, shown = [], [], {}
     for (n, seed), patients in draws.items():
         for arm in report.ARMS:
@@ -78,11 +83,11 @@ def _run(run_dir: Path, config: Config, what: str, folder: Path) -> dict:
 def one_model(backbone, study: Study, entry: dict, validation: list[PreparedCase], test: list[PreparedCase]):
     """Train one probe or fine-tune one copy of `backbone`, choose by the validation volumes, predict and score the test volumes.
 
-    entry: what ("probe" | "finetune"), labelled, seed, arm, patients (whose labels are used). Returns (Segmenter, the entry with the settings
+    entry: what (one of plan.TASKS), labelled, seed, arm, patients (whose labels are used). Returns (Segmenter, the entry with the settings
     chosen and "validation_dice", {case id: labels [Z, H, W] on the source's own grid}, rows of `evaluate.score_case`). Raises ValueError when
     every setting diverged.
     """
-    train = _probe if entry["what"] == "probe" else _finetune
+    train = {"probe": _probe, "finetune": _finetune, "mean_teacher": _mean_teacher}[entry["what"]]
     seen = [bool(m.num_batches_tracked) for m in _batch_norms(backbone)]
     if any(seen) and not all(seen):  # a method that trains the encoder alone leaves the decoder's layers without statistics
         backbone = settled(backbone, study, entry["seed"])
@@ -164,9 +169,14 @@ def _probe(backbone, study: Study, labelled: list[PreparedCase], validation: lis
     return take(best), {**settings[best], "validation_dice": scores[best]}
 
 
-def _finetune(backbone, study: Study, labelled: list[PreparedCase], validation: list[PreparedCase], seed: int):
-    """The best of one fine-tuning a learning rate: (Segmenter, {"lr", "step", "validation_dice"}). Raises RuntimeError when every one
-    diverged.
+def _mean_teacher(backbone, study: Study, labelled: list[PreparedCase], validation: list[PreparedCase], seed: int):
+    """As `_finetune`, with a mean teacher; its weight is chosen beside the learning rate ("teacher_weight")."""
+    return _finetune(backbone, study, labelled, validation, seed, study.config.downstream.teacher_weight)
+
+
+def _finetune(backbone, study: Study, labelled: list[PreparedCase], validation: list[PreparedCase], seed: int, weights=(None,)):
+    """The best of one fine-tuning a learning rate and weight of a teacher (None: without one): (Segmenter, {"lr", "step",
+    "validation_dice"}). Raises ValueError when every one diverged.
     """
     images, labels = study.stack(labelled)
     spacing = np.median([case.spacing for case in labelled], axis=0)[-images.ndim + 2 :]
@@ -182,15 +192,18 @@ def _finetune(backbone, study: Study, labelled: list[PreparedCase], validation: 
         def validate(model):
             return validation_dice(finetune.predict(model, seen), truth, validation, len(study.classes))
 
-    best = None
-    for lr in study.config.downstream.finetune_lr:
+    best, rates = None, study.config.downstream.finetune_lr
+    for lr, weight in itertools.product(rates, weights):
         model = finetune.build(backbone, len(study.classes), study.config.network.dims, seed).to(study.device)
-        score, step = finetune.fit(model, images, labels, lr, study.config, seed, validate, tuple(spacing) if images.ndim == 5 else None)
+        teacher = None if weight is None else MeanTeacher(model, study, weight, seed)
+        own = tuple(spacing) if images.ndim == 5 else None
+        score, step = finetune.fit(model, images, labels, lr, study.config, seed, validate, own, teacher)
+        setting = {"lr": lr} | ({} if teacher is None else {"teacher_weight": weight})
         if math.isnan(score):
-            log.say(f"downstream.finetune_lr {lr:g}: the loss is not finite, setting dropped")
+            name = ", ".join(f"{key} {value:g}" for key, value in setting.items())
+            log.say(f"downstream.finetune_{name}: the loss is not finite, setting dropped")
         elif best is None or score > best[1]["validation_dice"]:
-            best = model, {"lr": lr, "step": step, "validation_dice": score}
+            best = model, setting | {"step": step, "validation_dice": score}
     if best is None:
-        rates = study.config.downstream.finetune_lr
         raise ValueError(f"downstream.finetune_lr must hold a rate at which the loss stays finite, got {rates}")
     return best

@@ -19,9 +19,9 @@ from pix2rep.data.arrays import resize_depth
 from pix2rep.data.cache import PreparedCase
 from pix2rep.data.nifti import save_like
 from pix2rep.networks import Segmenter, build_backbone
+from pix2rep.plan import TASKS
 from pix2rep.study import Study, open_study
 
-KINDS = ("probe", "finetune")
 SLICES = 32  # at once through the network
 WINDOWS = 2  # of a sliding window, likewise
 
@@ -147,10 +147,10 @@ def run(run_dir: Path, config: Config, predictions: Path | None = None) -> dict:
     Returns the report. Raises FileNotFoundError when the run has no saved model.
     """
     run_dir = Path(run_dir)
-    files = sorted(file for kind in KINDS for file in (run_dir / kind / "models").glob("*.safetensors"))
+    files = sorted(file for kind in TASKS for file in (run_dir / kind / "models").glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
-            f"run must hold models of `pix2rep probe` or `pix2rep finetune` (probe/models, finetune/models), got {run_dir} (0 found)"
+            f"run must hold models of `pix2rep probe` or `pix2rep finetune` ({', '.join(f'{task}/models' for task in TASKS)}), got {run_dir} (0 found)"
         )
     study = open_study(run_dir, config)
     test = study.volumes("test")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ import torch
 from pix2rep.config import Config, SpatialConfig
 from pix2rep.data.slices import StepSampler
 from pix2rep.heap import Heap
+from pix2rep.mean_teacher import MeanTeacher
 from pix2rep.networks import Segmenter
 from pix2rep.probe import at_once
 from pix2rep.views.photometric import Photometric
@@ -32,12 +34,21 @@ class Augment:
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator):
         """images [B, 1, *S], labels int64 [B, *S] -> the same shapes; generator on their device."""
-        grid = self.spatial(len(images), images.shape[2:], generator, images.device)
+        move = self._geometry(images, generator)
+        labels = move(labels[:, None].to(images.dtype), "nearest").round().long()[:, 0]
+        return self.photometric(move(images), generator), labels
+
+    def views(self, images: torch.Tensor, generator: torch.Generator, spacing: torch.Tensor | None = None):
+        """Two views [B, 1, *S] of images of that shape: one spatial change for both, photometric ones of their own. spacing: [B, d]."""
+        moved = self._geometry(images, generator, spacing)(images)
+        return self.photometric(moved, generator), self.photometric(moved, generator)
+
+    def _geometry(self, images: torch.Tensor, generator: torch.Generator, spacing: torch.Tensor | None = None) -> Callable:
+        """move(x, mode) of maps like `images`, by grids drawn now."""
+        grid = self.spatial(len(images), images.shape[2:], generator, images.device, spacing)
         chosen = torch.rand(len(images), generator=generator, device=images.device) < self.probability
         keep = chosen.view(-1, *[1] * (images.ndim - 1))
-        warped = warp_image(labels[:, None].to(images.dtype), grid, mode="nearest").round().long()
-        labels = torch.where(keep, warped, labels[:, None])[:, 0]
-        return self.photometric(torch.where(keep, warp_image(images, grid), images), generator), labels
+        return lambda x, mode="bilinear": torch.where(keep, warp_image(x, grid, mode), x)
 
 
 def build(backbone, classes: int, dims: int, seed: int) -> torch.nn.Module:
@@ -47,12 +58,15 @@ def build(backbone, classes: int, dims: int, seed: int) -> torch.nn.Module:
         return Segmenter(copy.deepcopy(backbone), classes + 1, dims)
 
 
-def fit(model, images: torch.Tensor, labels: torch.Tensor, lr: float, config: Config, seed: int, validate, spacing=None):
+def fit(
+    model, images: torch.Tensor, labels: torch.Tensor, lr: float, config: Config, seed: int, validate, spacing=None, teacher: MeanTeacher | None = None
+):
     """Train `model` (a Segmenter) at backbone learning rate `lr`, keeping the weights of the best validation.
 
     images [N, 1, *S], labels int64 [N, *S]; `validate(model) -> float`, higher is better. MONAI DiceCELoss (over the batch, background in
     the cross-entropy only), AdamW, 10 % warm-up then cosine. Returns (best validation score, its step), (NaN, 0) when the loss stopped
-    being finite before the first validation. spacing: voxel sizes for `Augment`.
+    being finite before the first validation. spacing: voxel sizes for `Augment`. teacher: adds its loss, and is validated and kept in the
+    place of the student that it follows.
     """
     from monai.losses import DiceCELoss
 
@@ -72,6 +86,7 @@ def fit(model, images: torch.Tensor, labels: torch.Tensor, lr: float, config: Co
     augment = Augment(config, spacing) if down.augment else None
     generator = torch.Generator(images.device).manual_seed(seed)
     checks = {round(steps * (i + 1) / VALIDATIONS) for i in range(VALIDATIONS)}
+    kept = teacher.network if teacher else model
     best, best_step, state, heap = -math.inf, 0, None, Heap()
     for step in range(1, steps + 1):
         model.train()
@@ -80,17 +95,21 @@ def fit(model, images: torch.Tensor, labels: torch.Tensor, lr: float, config: Co
         if augment:
             x, y = augment(x, y, generator)
         loss = criterion(model(x), y[:, None])
+        if teacher:
+            loss = loss + teacher.loss(model, step - 1, augment)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        if teacher:
+            teacher.follow(model, step - 1)
         if step in checks:
             heap.trim()
             if not torch.isfinite(loss):
                 break
-            score = validate(model)
+            score = validate(kept)
             if score > best:
-                best, best_step, state = score, step, copy.deepcopy(model.state_dict())
+                best, best_step, state = score, step, copy.deepcopy(kept.state_dict())
     if state is None:
         return math.nan, 0
     model.load_state_dict(state)

@@ -141,3 +141,21 @@ class PglConfig:
             (all(0 <= p <= 1 for p in self.flip), "flip", "three probabilities"),
             (self.points is None or (len(self.points) == 3 and min(self.points) >= 1), "points", "three numbers of at least 1, or null"),
         ]
+
+
+@dataclass
+class SimclrConfig:
+    """SimCLR (arXiv 2002.05709). "Paper's": stated there, for photographs; views are those of `spatial` and `photometric`."""
+
+    temperature: float = 0.1  # paper's best for ImageNet
+    head_hidden: int = 256  # of an MLP on the pooled bottleneck, one hidden layer (paper's: as wide as its input, 2048)
+    projection: int = 128  # paper's
+    positives: Literal["image", "position"] = "image"  # "position": slices of the same part of their volumes too; 2D only
+    partitions: int = 3  # of a volume, where positives are by position
+
+    def checks(self) -> Checks:
+        at_least = {1: ("head_hidden", "projection"), 2: ("partitions",)}
+        return [
+            *((getattr(self, key) >= bound, key, f"at least {bound}") for bound, keys in at_least.items() for key in keys),
+            (self.temperature >= 0.01, "temperature", "at least 0.01"),
+        ]

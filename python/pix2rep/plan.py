@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -26,7 +26,8 @@ OWN_KEYS = {  # options that the plan has a key for: two places would contradict
     "data.root": "data", "data.cache": "out", "pretrain.seed": "seeds", "downstream.seeds": "seeds", "downstream.labelled": "labelled",
 }  # fmt: skip
 RESERVED = ("cache", "overlays")  # folders beside those of the methods
-Task = Literal["probe", "finetune"]
+Task = Literal["probe", "finetune", "mean_teacher"]
+TASKS = get_args(Task)
 
 
 @dataclass

@@ -167,7 +167,7 @@ def say_model(entry: dict, dice: float) -> None:
     """One line for a trained or re-evaluated model."""
     from pix2rep.log import say
 
-    chosen = ", ".join(f"{key} {entry[key]}" for key in ("lr", "class_weights", "step") if key in entry)
+    chosen = ", ".join(f"{key} {entry[key]}" for key in ("lr", "class_weights", "teacher_weight", "step") if key in entry)
     time = f", {entry['seconds']} s" if "seconds" in entry else ""
     name = f"{entry['what']} n={entry['labelled']} seed={entry['seed']} {entry['arm']}"
     say(f"{name}: test Dice {dice:.3f} (validation {entry['validation_dice']:.3f}; {chosen}{time})")

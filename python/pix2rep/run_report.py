@@ -20,6 +20,7 @@ from pix2rep.log import read_log, say
 from pix2rep.networks import build_backbone
 from pix2rep.overlay import spread
 from pix2rep.pairs import NEAR, Colours, agreement, make_pair
+from pix2rep.plan import TASKS
 from pix2rep.typed import shown
 
 PARTS = {"pretrain": "pre-training", "val": "validation"}
@@ -152,7 +153,7 @@ def _curves(config: Config, rows: list[dict]) -> list[str]:
 
 def _downstream(run: Path) -> list[str]:
     parts = []
-    for what in ("probe", "finetune"):
+    for what in TASKS:
         file = run / what / "results.json"
         if not file.is_file():
             continue

@@ -1,5 +1,6 @@
 """Values from YAML and the command line, typed by a dataclass field's annotation: bool, int, float, str, Literal, tuple, `| None`."""
 
+import contextlib
 import math
 import re
 import types
@@ -49,7 +50,15 @@ def parsed(text: str, kind: Any, key: str) -> Any:
 def typed(value: Any, kind: Any, key: str) -> Any:
     """`value` as the annotation `kind`, or ConfigError."""
     if _is_union(kind):
-        return None if value is None else typed(value, next(option for option in get_args(kind) if option is not type(None)), key)
+        options = get_args(kind)
+        if value is None and type(None) in options:
+            return None
+        options = [option for option in options if option is not type(None)]
+        if len(options) == 1:
+            return typed(value, options[0], key)
+        for option in options:
+            with contextlib.suppress(ConfigError):
+                return typed(value, option, key)
     if get_origin(kind) is tuple and value is not None and not isinstance(value, Mapping):
         entries = list(value) if isinstance(value, list | tuple) else [value]
         kinds = get_args(kind)
@@ -72,6 +81,8 @@ def _is_union(kind: Any) -> bool:
 
 
 def _name(kind: Any) -> str:
+    if _is_union(kind):
+        return " or ".join(_name(option) for option in get_args(kind))
     if get_origin(kind) is Literal:
         return " or ".join(repr(option) for option in get_args(kind))
     if get_origin(kind) is tuple:

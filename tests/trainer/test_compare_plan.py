@@ -25,7 +25,7 @@ SMALL = {"labelled": [1, 2], "seeds": [0], "reference": "random", "methods": {"r
         ({"seeds": []}, r"seeds must not be empty"),
         ({"labelled": [1, "most"]}, r'labelled must be a list: each a number of patients, at least 1, or "all", got \[1, \'most\'\]'),
         ({"labelled": 0}, r"labelled must be a list.*got 0"),
-        ({"tasks": ["segment"]}, r"tasks must be 'probe' or 'finetune', got 'segment'"),
+        ({"tasks": ["segment"]}, r"tasks must be 'probe' or 'finetune' or 'mean_teacher', got 'segment'"),
         ({"reference": "nobody"}, r"reference must be one of the methods random, pix2rep, got 'nobody'"),
         ({"options": {"loss": {"temprature": 1}}}, r"options: unknown key 'loss.temprature'; did you mean loss.temperature\?"),
         ({"options": {"pretrain": {"seed": 1}}}, r"options.pretrain.seed must be left out: the plan's key 'seeds' decides it"),

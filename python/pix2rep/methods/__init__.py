@@ -16,6 +16,7 @@ METHODS = {
     "bim": "BIM",
     "lrc": "LRC",
     "pgl": "PGL",
+    "simclr": "SimCLR",
 }
 
 

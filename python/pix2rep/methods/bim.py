@@ -11,12 +11,12 @@ The features are transformed before the heads. RR and CC: `pix2rep_kernels.Bound
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pix2rep.config import Config, SpatialConfig
 from pix2rep.method_config import BimConfig
 from pix2rep.methods.base import Batch, Method, expect_encoder
+from pix2rep.methods.contrast import info_nce
 from pix2rep.monitor import clustering
 from pix2rep.networks import CONV
 from pix2rep.views.random import uniform
@@ -123,15 +123,6 @@ def cluster_map(method: BIM, backbone: nn.Module, images: Tensor, head: int = 0)
         return method.heads[head](backbone(images)).argmax(1)
     finally:
         backbone.train(was_training)
-
-
-def info_nce(rows: Tensor, groups: Tensor, temperature: float) -> Tensor:
-    """Mean over rows [N, D] of -log softmax at the other rows of their group (int [N]), themselves left out; a group has at least two rows."""
-    rows = F.normalize(rows.float(), dim=1)
-    itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-    log_p = (rows @ rows.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
-    positive = (groups[:, None] == groups) & ~itself
-    return -(torch.where(positive, log_p, 0).sum(1) / positive.sum(1)).mean()
 
 
 def mirrored(grid: Tensor, probability: float, generator: torch.Generator) -> Tensor:
