@@ -113,12 +113,13 @@ def _voxel(config: NetworkConfig, spacing: tuple[float, ...] | None) -> tuple[fl
 
 
 def _strides(config: NetworkConfig, size: tuple[int, ...], spacing: tuple[float, ...] | None) -> Axes:
-    """Those of nnU-Net: an axis is halved unless its voxels are at least twice as coarse as the finest, or fewer than LEAST would be left."""
+    """As in nnU-Net, an axis is halved where LEAST voxels are left and its own are less than twice as coarse as the finest of such axes."""
     if spacing is None:
         raise ConfigError(f"data.spacing must be {config.dims} numbers for network.name={config.name}: network.strides follow from it, or must be given")
     found = []
     for level in range(1, len(config.channels)):
-        step = tuple(2 if n >= 2 * LEAST and s < 2 * min(spacing) else 1 for n, s in zip(size, spacing, strict=True))
+        finest = min((s for n, s in zip(size, spacing, strict=True) if n >= 2 * LEAST), default=0.0)
+        step = tuple(2 if n >= 2 * LEAST and s < 2 * finest else 1 for n, s in zip(size, spacing, strict=True))
         if math.prod(step) == 1:
             most = f"at most {level} levels for {config.name} at data.size {shown(size)}, data.spacing {shown(spacing)}"
             raise ConfigError(f"network.channels must be {most}: nothing is left to halve (or give network.strides), got {shown(config.channels)}")
@@ -129,10 +130,10 @@ def _strides(config: NetworkConfig, size: tuple[int, ...], spacing: tuple[float,
 
 
 def _kernels(spacing: tuple[float, ...], strides: Axes) -> Axes:
-    """Those of nnU-Net: 1 along an axis whose voxels are at least twice as coarse as the finest and always have been, else 3."""
+    """As in nnU-Net, 1 along an axis until its voxels are less than twice as coarse as the finest, or it is halved; then 3."""
     kernel, found = (1,) * len(spacing), []
     for step in ((1,) * len(spacing), *strides):
         spacing = tuple(s * k for s, k in zip(spacing, step, strict=True))
-        kernel = tuple(3 if k == 3 or s < 2 * min(spacing) else 1 for k, s in zip(kernel, spacing, strict=True))
+        kernel = tuple(3 if k == 3 or n > 1 or s < 2 * min(spacing) else 1 for k, n, s in zip(kernel, step, spacing, strict=True))
         found.append(kernel)
     return tuple(found)

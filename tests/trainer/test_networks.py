@@ -98,11 +98,13 @@ def test_strides_and_kernels_follow_from_size_and_spacing():
     assert thick == (((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)), ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)))
     few = derived("network.dims=3", "data.size=10,64,48", "data.spacing=1,1,1")  # z ends at 5 voxels
     assert few == (((2, 2, 2), (1, 2, 2), (1, 2, 2), (1, 2, 1)), ((3,) * 3,) * 5)
+    late = derived("network.dims=3", "data.size=16,8,8", "data.spacing=5,1,1", "network.channels=4,8,8")  # z alone can be halved at last
+    assert late == (((1, 2, 2), (2, 1, 1)), ((1, 3, 3), (1, 3, 3), (3, 3, 3)))
     twice = derived("network.dims=3", "data.size=32,32,32", "data.spacing=2,1,1", "network.channels=4,8,8")  # nnU-Net's limit
     assert twice == (((1, 2, 2), (2, 2, 2)), ((1, 3, 3), (3, 3, 3), (3, 3, 3)))
     assert derived("data.size=128,64", "network.channels=4,8,8") == (((2, 2), (2, 2)), ((3, 3),) * 3)
-    wide = derived("data.size=64,64", "data.spacing=9,3,1", "network.channels=4,8,8")  # z is not the slices'
-    assert wide == (((1, 2), (1, 2)), ((1, 3), (1, 3), (3, 3)))
+    wide = derived("data.size=64,64", "data.spacing=9,3,1", "network.channels=4,8,8")  # the first entry is z
+    assert wide == (((1, 2), (2, 2)), ((1, 3), (3, 3), (3, 3)))
 
 
 @pytest.mark.parametrize(
