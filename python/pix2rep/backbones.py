@@ -206,7 +206,7 @@ class SwinUNETR(FullResolution, nets.SwinUNETR):
     def __init__(self, config: NetworkConfig):
         if find_spec("einops") is None:
             raise ConfigError("network.name=swinunetr needs the package einops, which is not installed: pip install einops")
-        super().__init__(1, 1, feature_size=config.channels[0], norm_name=_norm(config), spatial_dims=config.dims)
+        super().__init__(in_channels=1, out_channels=1, feature_size=config.channels[0], norm_name=_norm(config), spatial_dims=config.dims)
         self.out = nn.Identity()
         self._describe(config, config.channels, config.channels[:-1], _halvings(config))
 

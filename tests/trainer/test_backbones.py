@@ -156,7 +156,7 @@ def test_the_guide_has_every_networks_size():
             dims = size.count(",") + 1
             spacing = ",".join("1" * dims)
             options = [f"network.name={name}", f"network.dims={dims}", f"data.size={size}", f"data.spacing={spacing}"]
-            with torch.device("meta"):
+            with torch.device("cpu" if name == "swinunetr" else "meta"):  # MONAI reads a value while it builds that one
                 backbone = build_backbone(completed(load(None, options)).network)
             counts.append(sum(weight.numel() for weight in backbone.parameters()) / 1e6)
         assert re.search(rf"^\| `{name}` \| .* \| {counts[0]:.2f} M \| {counts[1]:.2f} M \|", guide, re.MULTILINE), (name, counts)
