@@ -1,15 +1,18 @@
 """Backbones, projection heads, and what a network's name decides."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from pix2rep.compare_records import changed, inputs_of_pretraining
 from pix2rep.config import NetworkConfig, completed, load, to_dict
 from pix2rep.methods import build_method
 from pix2rep.methods.pgl import interpolate
 from pix2rep.networks import Segmenter, build_backbone, projection_head
+from pix2rep.plan import plan_of
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
@@ -64,7 +67,7 @@ def test_head_depth():
     ("change", "message"),
     [
         ({"channels": (4, 8)}, r"network.channels must be five levels for basicunet, got \[4, 8\]"),
-        ({"name": "vnet"}, 'network.name must be one of basicunet, unet, .*, or "package.module:factory", got \'vnet\''),
+        ({"name": "vnet"}, "network.name must be one of basicunet, unet, .*, or \"package.module:factory\", got 'vnet'"),
         ({"name": "nowhere.at:all"}, "network.name must name something importable, got 'nowhere.at:all'"),
         ({"name": "torch.nn:Identity"}, "must make a Module with an integer out_channels"),
         ({"strides": ((2,),) * 4}, "network.strides must be null for basicunet"),
@@ -129,6 +132,16 @@ def test_what_is_complete_stays():
     given = completed(load(None, ["network.name=dynunet", "network.channels=4,8,8", "network.strides=2,2", "network.kernels=[[1, 3], 3, 5]"])).network
     assert (given.strides, given.kernels) == (((2, 2), (2, 2)), ((1, 3), (3, 3), (5, 5)))
     assert completed(load(None, ["network.name=some.module:factory"])).network.channels == (32, 32, 64, 128, 256)
+
+
+def test_a_plans_methods_have_their_networks():
+    """A cell without pre-training builds from the plan; a record is JSON, which has no tuples."""
+    network = {"name": "dynunet", "channels": [4, 8, 8]}
+    plan = plan_of({"methods": {"random": {"pretrain": False}}, "options": {"network": network, "data": {"size": [128, 16]}}})
+    config = plan.config_of("random")
+    assert config.network.strides == ((2, 2), (2, 2)) and build_backbone(config.network).stride == (4, 4)
+    inputs = inputs_of_pretraining(config, "", [])
+    assert not changed({"inputs": json.loads(json.dumps(inputs))}, inputs)
 
 
 @pytest.mark.parametrize("size", [(8, 16, 16), (7, 16, 13)])
