@@ -67,7 +67,7 @@ def inputs_of_cell(config: Config, task: str, patients: list[str], weights: str,
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config_file.flatten(config).items()}
+    return plain(config_file.flatten(config))
 
 
 def changed(record: dict, inputs: dict) -> list[str]:

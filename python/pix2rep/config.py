@@ -8,13 +8,15 @@ Imports nothing heavy: `pix2rep --help` goes through here.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from pix2rep.method_config import BimConfig, LrcConfig, PglConfig, SimclrConfig
+from pix2rep.network_config import NetworkConfig
+from pix2rep.network_config import completed as completed_network
 from pix2rep.typed import ConfigError, Loader, parsed, shown, typed
 
 
@@ -69,19 +71,6 @@ class PhotometricConfig:
     bias_coefficients: float = 0.9  # cubic polynomial field, coefficients U(-c, c)
     bias_p: float = 0.75
     invert_p: float = 0.35  # 1 - x
-
-
-@dataclass
-class NetworkConfig:
-    name: str = "basicunet"  # MONAI BasicUNet; or "package.module:factory" returning a Module with `out_channels`
-    dims: int = 2
-    channels: tuple[int, ...] = (32, 32, 64, 128, 256)  # encoder, five levels
-    features: int = 32  # channels of the decoder's last, full-resolution map
-    feature_levels: int = 1  # of the decoder, 1 to 4, that head, probe and segmenter read: the last map and the n - 1 coarser ones, resized
-    norm: Literal["batch", "instance", "group"] = "batch"
-    head_hidden: int = 256  # projection head: 1x1 conv, BN, ReLU, 1x1 conv
-    head_depth: int = 1  # hidden layers
-    projection: int = 256  # D
 
 
 @dataclass
@@ -202,9 +191,13 @@ def save(config: Config, path: str | Path) -> None:
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Sections of plain values (tuples become lists), as YAML, JSON and checkpoints hold them."""
     return {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        section: {key: _listed(value) for key, value in values.items()}
         for section, values in asdict(config).items()
     }
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -225,6 +218,11 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def flatten(config: Config) -> dict[str, Any]:
     """{"section.key": value} of every option."""
     return {f"{section}.{key}": value for section, values in asdict(config).items() for key, value in values.items()}
+
+
+def completed(config: Config) -> Config:
+    """What `network` leaves open, decided by its name, data.size and data.spacing. Raises ConfigError for what the named network has not."""
+    return replace(config, network=completed_network(config.network, config.data.size, config.data.spacing))
 
 
 def check(config: Config) -> None:

@@ -58,9 +58,10 @@ class Plan:
     base: Config = field(default_factory=Config)
 
     def config_of(self, method: str, seed: int = 0, steps: int | None = None) -> Config:
-        """Every option of a method; `steps` overrides pretrain.steps."""
+        """Every option of a method, what its network leaves open decided; `steps` overrides pretrain.steps."""
         made = _with_options(self.base, self.methods[method].options, f"methods.{method}.options")
-        return replace(made, pretrain=replace(made.pretrain, seed=seed, steps=steps or made.pretrain.steps))
+        made = replace(made, pretrain=replace(made.pretrain, seed=seed, steps=steps or made.pretrain.steps))
+        return config_file.completed(made)
 
     def counts(self, total: int) -> tuple[int, ...]:
         """Label counts of the plan, where `total` patients have labels; ascending, each once."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from pix2rep import checkpoint, disk
-from pix2rep.config import Config, flatten, from_dict, save
+from pix2rep.config import Config, completed, flatten, from_dict, save
 from pix2rep.data.cache import prepare
 from pix2rep.data.discover import Case, discover
 from pix2rep.data.patches import open_source
@@ -57,7 +57,7 @@ def run(data: str | Path, run_dir: str | Path, config: Config, resume: bool = Fa
     `disk.DiskFull`, NonFiniteLoss, and Interrupted after SIGINT or SIGTERM.
     """
     run_dir = Path(run_dir)
-    config = replace(config, data=replace(config.data, root=str(Path(data).resolve())))
+    config = completed(replace(config, data=replace(config.data, root=str(Path(data).resolve()))))
     if config.pretrain.threads:
         torch.set_num_threads(config.pretrain.threads)
     device = pick_device(config.pretrain.device)

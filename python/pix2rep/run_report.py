@@ -114,7 +114,7 @@ def _header(run: Path, config: Config, rows: list[dict]) -> list[str]:
         parts.append(page.paragraph(f"Diverged at step {last['step']}: {last['what']}; patients in the batch: {', '.join(last['patients'])}", "warn"))
     if skipped:
         parts.append(page.folded(f"{len(skipped)} skipped volumes, with the reason", page.table(skipped.items(), ("case", "reason"))))
-    now, default = config_file.flatten(config), config_file.flatten(Config())
+    now, default = config_file.flatten(config), config_file.flatten(config_file.completed(Config()))
     changed = [(key, shown(now[key]), shown(default[key])) for key in now if now[key] != default[key] and key != "data.root"]
     parts.append(page.folded(f"{len(changed)} options differ from the defaults", page.table(changed, ("option", "here", "default"))))
     return parts

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pix2rep.checkpoint import load_weights
-from pix2rep.config import Config, PretrainConfig, to_dict
+from pix2rep.config import Config, PretrainConfig, completed, to_dict
 from pix2rep.data.slices import SliceSource, StepSampler
 from pix2rep.data.superpixels import Superpixels
 from pix2rep.heap import Heap
@@ -30,6 +30,7 @@ class Training:
 
     def __init__(self, config: Config, device: torch.device, source: SliceSource, fresh: bool = True):
         """fresh: begin with the weights of pretrain.init, if any (a resumed run has its own, and `init` may be gone)."""
+        config = completed(config)
         opt = config.pretrain
         torch.manual_seed(opt.seed)  # the initial weights
         layout = channels_last(config.network.dims)
