@@ -82,7 +82,7 @@ class Pair:
     warped: np.ndarray  # features of view 1 at `source`, 0 outside
     points: np.ndarray  # [P, 2] int: pixels of view 2, those that come from inside first
     frames: tuple[np.ndarray, np.ndarray | None]  # [N, 2] float, closed outlines: what view 1, and view 2, has in common with the other
-    planes: tuple[Plane, ...] = ()  # through the first point, of volumes
+    planes: tuple[Plane, ...] = ()  # of volumes: axial, coronal, sagittal
     own: Any = None  # of the method's own pictures
 
 
@@ -117,7 +117,7 @@ def make_pair(case: PreparedCase, part: str, look: "Look", method: "Method", bac
         plane_of(views.view_1, depth)[0], view_2, position[..., -2:].numpy(), inside.numpy(), in_plane.numpy(),
         plane_of(features_1, depth), plane_of(features_2, at), moved(features_1, views, lattice).reshape(-1, height, width).numpy(),
         points, _frames(views, position[..., -2:].numpy()),
-        _planes(views, (features_1, features_2), (at, *points[0]), case.spacing) if len(size) == 3 else (),
+        _planes(views, (features_1, features_2), at, case.spacing) if len(size) == 3 else (),
         look.own(Seen(method, backbone, views, (features_1, features_2), (depth, at))) if own and look.own else None,
     )  # fmt: skip
 
@@ -168,11 +168,14 @@ def _frames(views: Views, position: np.ndarray) -> tuple[np.ndarray, np.ndarray 
     return tuple(np.array([(own[a, 0], own[b, 1]) for a, b in corners]) for own in faces)
 
 
-def _planes(views: Views, features: tuple[Tensor, Tensor], at: tuple[int, int, int], spacing: tuple[float, ...]) -> tuple[Plane, ...]:
+def _planes(views: Views, features: tuple[Tensor, Tensor], at: int, spacing: tuple[float, ...]) -> tuple[Plane, ...]:
+    """Through the middle of what plane `at` of view 2 has in common with view 1, else of the plane."""
     size, found = tuple(views.view_1.shape[2:]), []
+    common = torch.argwhere(views.inside[at] if views.inside[at].any() else torch.ones(size[1:]))
+    through = (at, *common.median(0).values.tolist())
     lattice = torch.arange(views.inside.numel()).view(size)
     for axis, name in enumerate(PLANES):
-        where = lattice.select(axis, int(at[axis]))
+        where = lattice.select(axis, through[axis])
         rows, columns = (s for k, s in enumerate(spacing) if k != axis)
         flat = where.flatten()
         view, inside = views.view_2.flatten()[flat], views.inside.flatten()[flat]

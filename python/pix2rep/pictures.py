@@ -116,7 +116,6 @@ def similarity(pair: Pair, scene: Scene) -> Picture:
         show(axes[0, k], image, own, name)
         alike = cosine(scene.colours.centred(features), query)
         drawn = axes[1, k].imshow(alike, cmap=SIMILARITY, vmin=-1, vmax=1, origin="lower", interpolation="nearest", aspect=own.aspect)
-        axes[1, k].set_axis_off()
         best = np.unravel_index(alike.argmax(), alike.shape)
         for axis in axes[:, k]:
             if name == "view 2":
@@ -138,7 +137,7 @@ def similarity(pair: Pair, scene: Scene) -> Picture:
 
 
 def planes(pair: Pair, scene: Scene) -> Picture | None:
-    """The three planes of volumes through the first point, of view 2 and of view 1 moved there."""
+    """Three planes of volumes, of view 2 and of view 1 moved there."""
     if not pair.planes:
         return None
     sides = [own.aspect * own.view.shape[0] / own.view.shape[1] for own in pair.planes]
@@ -151,8 +150,8 @@ def planes(pair: Pair, scene: Scene) -> Picture | None:
         show(row[2], np.where(outside[..., None], 1.0, scene.colours(own.warped)), own, "features of view 1, moved")
         show(row[3], scene.colours(own.features), own, "features of view 2")
     caption = (
-        "The planes of view 2 through point 1, and the same planes of view 1, moved; white comes from outside of it. Anatomy should lie in the same "
-        "places of the first two columns in all three planes, colours in the last two."
+        "Planes of view 2 through the middle of what both views show, and the same of view 1, moved; white comes from outside of it. Anatomy should lie "
+        "in the same places of the first two columns in all three planes, colours in the last two."
     )
     return Picture(figure, f"Three planes of two views of {pair.case}, and their features as colours", caption)
 
@@ -169,7 +168,9 @@ def panels_of(rows: int, columns: int, side: float = SIDE, heights: tuple[float,
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
-        axis.set_axis_off()
+        axis.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
+        for spine in axis.spines.values():
+            spine.set(color="0.6", linewidth=0.5)  # what lies outside is white
     return figure, axes
 
 

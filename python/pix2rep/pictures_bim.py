@@ -15,6 +15,7 @@ from pix2rep.pictures import Picture, Scene, outline, panels_of, show
 
 HEADS = 3  # sub-heads that are shown
 FILL = 0.6  # opacity of clusters
+LUMA = (0.30, 0.59, 0.11)  # lightness of red, green and blue
 NUMBERED = 0.03  # share of the pixels from which a cluster's number is written into the bar
 
 
@@ -89,8 +90,8 @@ def clusters(pair: Pair, scene: Scene) -> Picture | None:
         colours = distinct(found.count)[np.argsort(np.argsort(-shares, kind="stable"))]  # the more pixels, the more of its own a colour
         inside = found.moved[head] >= 0
         numbers = agreement(found.moved[head][inside], found.second[head][inside], found.count)
-        moved_image = np.where(inside, pair.view_2, 1)
-        shown = ((pair.view_1, found.first, "view 1"), (moved_image, found.moved, "view 1's clusters, moved"), (pair.view_2, found.second, "view 2"))
+        as_moved = f"view 1, moved: {numbers['same']:.0%} as view 2"
+        shown = ((pair.view_1, found.first, "view 1"), (pair.view_2, found.moved, as_moved), (pair.view_2, found.second, "view 2"))
         for axis, (image, maps, name) in zip(axes[2 * head], shown, strict=True):
             _paint(axis, image, maps[head], colours, pair, f"sub-head {head + 1}: {name}")
         for axis in axes[2 * head + 1]:
@@ -120,7 +121,7 @@ def _paint(axis, image: np.ndarray, labels: np.ndarray, colours: np.ndarray, pai
     low, high = np.percentile(image, (0.5, 99.5))
     grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)[..., None]
     show(axis, np.where(labels[..., None] >= 0, FILL * colours[labels] + (1 - FILL) * grey, 1.0), pair, title)
-    outline(axis, labels, "black", 0.6)
+    outline(axis, labels, "black", 0.4)
 
 
 def _bar(axis, shares: np.ndarray, colours: np.ndarray) -> None:
@@ -129,7 +130,8 @@ def _bar(axis, shares: np.ndarray, colours: np.ndarray) -> None:
     for k in np.argsort(-shares, kind="stable"):
         axis.barh(0, shares[k], left=left, color=colours[k], edgecolor="black", linewidth=0.4)
         if shares[k] >= NUMBERED:
-            axis.text(left + shares[k] / 2, 0, str(k), ha="center", va="center_baseline", fontsize=8)
+            ink = "black" if colours[k] @ LUMA > 0.4 else "white"
+            axis.text(left + shares[k] / 2, 0, str(k), ha="center", va="center_baseline", fontsize=8, color=ink)
         left += shares[k]
     axis.set_xlim(0, 1)
     axis.set_axis_off()

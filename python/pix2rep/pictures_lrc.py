@@ -99,10 +99,10 @@ def borders(pair: Pair, scene: Scene) -> Picture:
     area = f"{np.median(kept):.0f} pixels in the middle, {kept.min():.0f} to {kept.max():.0f}" if len(kept) else "none"
     share = (found.first >= 0).mean()
     caption = (
-        f"{cut} superpixels, {len(kept)} kept ({share:.0%} of the picture; sizes: {area}), {len(found.both)} of them with at least {found.least} pixels in view "
-        f"2 too: those are contrasted. Yellow borders are of kept ones; blue are those dropped: {tiny} of under {found.least} pixels, {cut - len(kept) - tiny} "
-        "darker than lrc.background or beyond lrc.max_regions. In view 2 blue also comes from outside of view 1, and vermilion is kept but too small "
-        "there. Borders should follow organs: where they cut through, or join two tissues, change lrc.superpixel_scale."
+        f"{cut} superpixels, {len(kept)} kept (yellow borders; {share:.0%} of the picture; {area}), {len(found.both)} of them with at least {found.least} "
+        f"pixels in view 2 too: those are contrasted. Blue in view 1 are those dropped: {tiny} of under {found.least} pixels, {cut - len(kept) - tiny} darker "
+        "than lrc.background or beyond lrc.max_regions. In view 2 blue also comes from outside of view 1, and vermilion is kept but too small there. "
+        "Borders should follow organs: where they cut through, or join two tissues, change lrc.superpixel_scale."
     )
     return Picture(figure, f"Superpixels of {pair.case} over two views, and their sizes", caption)
 
@@ -186,10 +186,9 @@ def _tinted(image: np.ndarray, tints: tuple[tuple[np.ndarray, str], ...]) -> np.
 
 def _sizes(axis, cut: np.ndarray, kept: np.ndarray) -> None:
     edges = np.geomspace(max(1, cut.min(initial=1)), max(2, cut.max(initial=2)), BINS)
-    axis.set_axis_on()
     axis.hist(np.clip(cut, edges[0], edges[-1]), edges, color=DROPPED, alpha=TINT, label="dropped")
     axis.hist(np.clip(kept, edges[0], edges[-1]), edges, color=BORDER, edgecolor="0.4", linewidth=0.5, label="kept")
     axis.set_xscale("log")
     axis.set_title("number of superpixels by size, pixels", fontsize=9)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=8, bottom=True, left=True, labelbottom=True, labelleft=True)
     axis.legend(fontsize=8, frameon=False)

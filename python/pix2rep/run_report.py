@@ -173,7 +173,8 @@ def _curves(config: Config, rows: list[dict]) -> list[str]:
 
 
 def _downstream(run: Path) -> list[str]:
-    parts = []
+    """Tables of probe and fine-tuning, then their pictures, those of a volume one below the other."""
+    parts, found = [], {}
     for what in ("probe", "finetune"):
         file = run / what / "results.json"
         if not file.is_file():
@@ -181,13 +182,27 @@ def _downstream(run: Path) -> list[str]:
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
             parts += [page.heading(f"Downstream: {what}"), *_results(result)]
-            found = sorted((run / what / "overlays").glob("*.png"))
-            parts += [
-                page.picture(page.png_from(path), f"Labels of {path.stem}: truth and predictions", f"{what}, {path.stem}: outlines should follow the truth's.")
-                for path in (found[i] for i in spread(len(found), OVERLAYS))
-            ] if found else []  # fmt: skip
+            for path in sorted((run / what / "overlays").glob("*.png")):
+                found.setdefault(path.stem, []).append((what, path))
         except (ValueError, KeyError, TypeError, OSError) as error:
             parts.append(page.paragraph(f"{file} cannot be read: {error!r}", "warn"))
+    names = sorted(name for name in found if len(found[name]) == max(map(len, found.values())))  # those of both commands, where there are any
+    for k, i in enumerate(spread(len(names), OVERLAYS) if names else []):
+        parts += _predictions(names[i], found[names[i]], k == 0)
+    return parts
+
+
+def _predictions(case: str, pictures: list[tuple[str, Path]], first: bool) -> list[str]:
+    parts = []
+    if first:
+        text = "Test volumes where the truth has most foreground. Colours are classes; on predictions the truth's outline is white: colours should fill it. "
+        text += "Dice is the mean over the classes of the whole volume, of the first draw of labelled patients."
+        parts += [page.heading("Predictions"), page.paragraph(text)]
+    for what, path in pictures:
+        try:
+            parts.append(page.picture(page.png_from(path), f"Labels of {case}: truth and predictions of {what}", f"{case}, {what}."))
+        except OSError as error:
+            parts.append(page.paragraph(f"{path} cannot be read: {error!r}", "warn"))
     return parts
 
 
