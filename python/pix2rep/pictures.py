@@ -96,7 +96,7 @@ def views(pair: Pair, scene: Scene) -> Picture:
     caption = (
         "Top: a number marks the same place of the body in both views; "
         + ("the dashed frame is what view 2 shows of view 1" if pair.frames[1] is None else "the dashed frames hold what both show")
-        + (", crosses come from outside of it and have no partner" if outside else "")
+        + (", crosses come from outside and have no partner" if outside else "")
         + (", open circles from another slice" if not pair.in_plane[pair.inside].all() else "")
         + "; the map is yellow where the two views' features agree. Bottom: the last two pictures should have the same colours in the same "
         "places (the first of them is as coarse as view 1 where view 2 magnifies), and different tissues different colours."

@@ -84,9 +84,10 @@ def borders(pair: Pair, scene: Scene) -> Picture:
     """Superpixels over both views, the warped ones over view 2, and their sizes."""
     found = pair.own
     figure, axes = panels_of(1, 3)
+    kind, unit = ("supervoxels", "voxels") if pair.planes else ("superpixels", "pixels")
     small = np.isin(found.second, np.setdiff1d(np.unique(found.second[found.second >= 0]), found.both))
     for axis, image, labels, tints, name in (
-        (axes[0, 0], pair.view_1, found.first, ((found.first < 0, DROPPED),), "view 1: superpixels"),
+        (axes[0, 0], pair.view_1, found.first, ((found.first < 0, DROPPED),), f"view 1: {kind}"),
         (axes[0, 1], pair.view_2, found.second, ((found.second < 0, DROPPED), (small, SMALL)), "view 2: the same, moved"),
     ):
         show(axis, _tinted(image, tints), pair, name)
@@ -94,17 +95,17 @@ def borders(pair: Pair, scene: Scene) -> Picture:
             outline(axis, found.cut, DROPPED, 0.5)
         outline(axis, labels, BORDER, 0.8)
     kept, cut = found.sizes[0][found.sizes[0] > 0], len(found.cut_sizes)
-    _sizes(axes[0, 2], found.cut_sizes, kept)
+    _sizes(axes[0, 2], found.cut_sizes, kept, f"number of {kind} by size, {unit}")
     tiny = int((found.cut_sizes < found.least).sum())
-    area = f"{np.median(kept):.0f} pixels in the middle, {kept.min():.0f} to {kept.max():.0f}" if len(kept) else "none"
+    area = f"; {kept.min():.0f} to {kept.max():.0f} {unit}, median {np.median(kept):.0f}" if len(kept) else ""
     share = (found.first >= 0).mean()
     caption = (
-        f"{cut} superpixels, {len(kept)} kept (yellow borders; {share:.0%} of the picture; {area}), {len(found.both)} of them with at least {found.least} "
-        f"pixels in view 2 too: those are contrasted. Blue in view 1 are those dropped: {tiny} of under {found.least} pixels, {cut - len(kept) - tiny} darker "
+        f"{cut} {kind}, {len(kept)} kept (yellow borders; {share:.0%} of the picture{area}), {len(found.both)} of them with at least {found.least} "
+        f"{unit} in view 2 too: those are contrasted. Blue in view 1 are those dropped: {tiny} of under {found.least} {unit}, {cut - len(kept) - tiny} darker "
         "than lrc.background or beyond lrc.max_regions. In view 2 blue also comes from outside of view 1, and vermilion is kept but too small there. "
         "Borders should follow organs: where they cut through, or join two tissues, change lrc.superpixel_scale."
     )
-    return Picture(figure, f"Superpixels of {pair.case} over two views, and their sizes", caption)
+    return Picture(figure, f"{kind.capitalize()} of {pair.case} over two views, and their sizes", caption)
 
 
 def alike(pair: Pair, scene: Scene) -> Picture | None:
@@ -184,11 +185,11 @@ def _tinted(image: np.ndarray, tints: tuple[tuple[np.ndarray, str], ...]) -> np.
     return rgb
 
 
-def _sizes(axis, cut: np.ndarray, kept: np.ndarray) -> None:
+def _sizes(axis, cut: np.ndarray, kept: np.ndarray, title: str) -> None:
     edges = np.geomspace(max(1, cut.min(initial=1)), max(2, cut.max(initial=2)), BINS)
     axis.hist(np.clip(cut, edges[0], edges[-1]), edges, color=DROPPED, alpha=TINT, label="dropped")
     axis.hist(np.clip(kept, edges[0], edges[-1]), edges, color=BORDER, edgecolor="0.4", linewidth=0.5, label="kept")
     axis.set_xscale("log")
-    axis.set_title("number of superpixels by size, pixels", fontsize=9)
+    axis.set_title(title, fontsize=9)
     axis.tick_params(labelsize=8, bottom=True, left=True, labelbottom=True, labelleft=True)
     axis.legend(fontsize=8, frameon=False)

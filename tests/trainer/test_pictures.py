@@ -223,6 +223,23 @@ def test_planes_of_a_volume_show_the_same_place(tmp_path):
     assert planes(replace(pair, planes=()), scene) is None
 
 
+@pytest.mark.parametrize("name", ["bim", "lrc"])
+def test_every_panel_of_volumes_and_of_nothing(name, tmp_path):
+    case, empty = (prepared_case(tmp_path, n, image) for n, image in (("v0", np.random.default_rng(0).random((6, 10, 12))), ("v1", np.zeros((6, 10, 12)))))
+    config = load(name, [*OPTIONS[name], "network.dims=3", "data.size=4,8,8"])
+    torch.manual_seed(0)
+    backbone = build_backbone(config.network).eval()
+    method = build_method(config, backbone)
+    pairs = [make_pair(c, "val", LOOKS[name], method, backbone, k) for k, c in enumerate((case, empty))]
+    colours = Colours.fit([pair.features_1 for pair in pairs])
+    scene = Scene(colours, None, dict(zip(("v0", "v1"), pairs[::-1], strict=True)), tuple(pairs))
+    made = [[panel(pair, scene) for panel in LOOKS[name].panels] for pair in pairs]
+    assert all(made[0])
+    assert [picture is None for picture in made[1]] == [False] * (len(made[1]) - 1) + [name == "lrc"]  # no region is like another where there is none
+    if name == "lrc":
+        assert made[0][-2].caption.startswith("2 supervoxels, 1 kept") and ", 0 kept" in made[1][-2].caption
+
+
 def test_predictions_are_drawn_beside_the_truth():
     truth = np.zeros((10, 12), int)
     truth[2:6, 2:6], truth[6:9, 6:9] = 1, 2
