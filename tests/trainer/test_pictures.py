@@ -81,8 +81,8 @@ def test_agreement_of_cluster_maps():
     assert renamed["used"] == 4
     unrelated = pictures_bim.agreement(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), 6)
     assert unrelated == pytest.approx({"same": 0.5, "chance": 0.5, "information": 0, "used": 2})
-    half = pictures_bim.agreement(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1]), 2)
-    assert half["same"] == 0.75
+    half = pictures_bim.agreement(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), 2)
+    assert (half["same"], half["chance"]) == (0.75, 0.5)  # 3/4 * 1/2 + 1/4 * 1/2
     assert half["information"] == pytest.approx(0.3437, abs=1e-4)  # entropies 0.6931 and 0.5623, together 1.0397
     collapsed = pictures_bim.agreement(np.zeros(4, int), np.zeros(4, int), 5)
     assert collapsed["same"] == collapsed["chance"] == collapsed["used"] == 1
@@ -185,7 +185,8 @@ def test_regions_that_are_alike():
     found = pictures_lrc.matches(regions, colours)
     assert found["found"] == 1 and found["chance"] == 0.25
     assert found["same"] == pytest.approx(1)
-    assert abs(found["others"]) < 0.5
+    unit = rows[:4] / np.linalg.norm(rows[:4], axis=1, keepdims=True)
+    assert found["others"] == pytest.approx(np.mean([unit[i] @ unit[j] for i in range(4) for j in range(4) if i != j]))
     turned = replace(regions, means=np.stack([rows, rows[[1, 0, 2, 3, 4, 5]]]))
     assert pictures_lrc.matches(turned, colours)["found"] == 0.5
     assert math.isnan(pictures_lrc.matches(replace(regions, least=9, sizes=np.array([[9] * 6, [9, 0, 0, 0, 0, 0]])), colours)["others"])
@@ -195,8 +196,14 @@ def test_superpixels_are_those_of_the_views(tmp_path):
     image = np.zeros((1, 16, 16))
     image[0, :, 6:], image[0, 4:9, 9:14] = 0.4, 0.9
     case = prepared_case(tmp_path, "p0", image)
-    options = "lrc.superpixel_sigma=0", "lrc.superpixel_scale=1", "photometric.noise_p=0"
-    method, backbone, _ = drawn("lrc", case, *options)
+    options = "lrc.superpixel_sigma=0", "lrc.superpixel_scale=1", "spatial.translation=0.3", "spatial.scale=0.9,1.1"
+    method, backbone, views = drawn("lrc", case, *options)
+    _, first, second = (labels[0] for labels in views.detail)
+    nearest = views.source.round().long().clamp(0, 15)
+    assert 0.5 < views.inside.float().mean() < 1
+    assert torch.equal(second[views.inside], first[tuple(nearest[views.inside].T)])
+    beyond = (views.source < -0.5) | (views.source > 15.5)
+    assert beyond.any() and (second[beyond.any(-1)] == -1).all()
     regions = make_pair(case, "val", LOOKS["lrc"], method, backbone, 0).own
     assert sorted(regions.cut_sizes) == [25, 96, 135]  # the bright square, air, what is between
     assert sorted(regions.sizes[0]) == [25, 135]
