@@ -113,7 +113,7 @@ def alike(pair: Pair, scene: Scene) -> Picture | None:
     found = pair.own
     if not len(found.both):
         return None
-    chosen = query(pair)
+    chosen = query(found)
     rows = means(found, scene.colours)
     shown = [("view 1", pair, pair.view_1, found.first, rows[0]), ("view 2", pair, pair.view_2, found.second, rows[1])]
     if (other := scene.others.get(pair.case)) is not None:
@@ -144,14 +144,12 @@ def alike(pair: Pair, scene: Scene) -> Picture | None:
     return Picture(figure, f"Cosine similarity of one region of {pair.case} with all regions of {len(shown)} images", caption)
 
 
-def query(pair: Pair) -> int:
-    """The region of point 1 where it is in both views, else the largest one in both that the planes show."""
-    found = pair.own
-    at = found.second[tuple(pair.points[0])]
-    if at in found.both and (found.first == at).any():
-        return int(at)
-    in_view = [k for k in found.both if (found.first == k).any()] or found.both
-    return int(in_view[np.argmax(found.sizes[0][in_view])])
+def query(found: Regions) -> int:
+    """Of the regions in both views (at least one) that both planes show, if any, the one with most of the middle of view 1."""
+    shown = [k for k in found.both if (found.first == k).any() and (found.second == k).any()] or found.both
+    row, column = (np.linspace(-0.5, 0.5, n) for n in found.first.shape)
+    middle = np.exp(-8 * (row[:, None] ** 2 + column**2))
+    return int(max(shown, key=lambda k: middle[found.first == k].sum()))
 
 
 def means(found: Regions, colours: Colours) -> np.ndarray:

@@ -192,6 +192,14 @@ def test_regions_that_are_alike():
     assert math.isnan(pictures_lrc.matches(replace(regions, least=9, sizes=np.array([[9] * 6, [9, 0, 0, 0, 0, 0]])), colours)["others"])
 
 
+def test_the_region_in_the_middle_is_the_one_compared():
+    plane = np.repeat([[0, 0, 2, 2, 1, 1, 1, 1]], 8, 0)
+    regions = pictures_lrc.Regions(plane, plane, plane, np.array([16, 32, 16]), np.array([[16, 32, 16]] * 2), np.zeros((2, 3, 4)), 4)
+    assert pictures_lrc.query(regions) == 1
+    assert pictures_lrc.query(replace(regions, second=np.where(plane == 1, -1, plane))) == 2
+    assert pictures_lrc.query(replace(regions, sizes=np.array([[16, 32, 16], [9, 0, 3]]))) == 0
+
+
 def test_superpixels_are_those_of_the_views(tmp_path):
     image = np.zeros((1, 16, 16))
     image[0, :, 6:], image[0, 4:9, 9:14] = 0.4, 0.9
@@ -245,6 +253,21 @@ def test_every_panel_of_volumes_and_of_nothing(name, tmp_path):
     assert [picture is None for picture in made[1]] == [False] * (len(made[1]) - 1) + [name == "lrc"]  # no region is like another where there is none
     if name == "lrc":
         assert made[0][-2].caption.startswith("2 supervoxels, 1 kept") and ", 0 kept" in made[1][-2].caption
+
+
+def test_a_picture_made_smaller_keeps_its_colours(tmp_path):
+    array = np.repeat(np.linspace(0, 255, 2200)[None, :, None], 400, 0).repeat(3, 2)
+    fills = ((230, 159, 0), (86, 180, 233), (204, 121, 167), (240, 228, 66), (0, 158, 115), (213, 94, 0))
+    for k, colour in enumerate(fills):  # a little of each class over many greys, as in an overlay
+        array[60 * k : 60 * k + 12, ::40] = colour
+        array[60 * k + 20 : 60 * k + 40, 1000:1200] = 0.65 * array[60 * k + 20 : 60 * k + 40, 1000:1200] + 0.35 * np.array(colour)
+        array[60 * k + 42 : 60 * k + 50, 100:110] = colour
+    Image.fromarray(array.astype(np.uint8)).save(tmp_path / "a.png")
+    with Image.open(io.BytesIO(page.png_from(tmp_path / "a.png"))) as small:
+        assert small.size == (1100, 200)
+        pixels = np.array(small.convert("RGB")).astype(int)
+    for k, colour in enumerate(fills):
+        assert np.abs(pixels[30 * k + 23, 52] - colour).max() < 40  # of another hue: twice that
 
 
 def test_predictions_are_drawn_beside_the_truth():
