@@ -30,6 +30,10 @@ HEALTHY = {
     "alignment": "falls from 2 (unrelated) towards 0",
     "uniformity": "falls from 0 (one point) towards -4",
     "dead_dimensions": "stays near 0",
+    "assignment_entropy": "near log(clusters); 0 is one cluster",
+    "pixel_entropy": "falls from log(clusters)",
+    "agreement": "rises towards 1",
+    "regions": "level: regions contrasted an image",
 }
 
 

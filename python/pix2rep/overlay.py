@@ -1,8 +1,10 @@
-"""Pictures of test slices: image, truth, and what each arm predicts, in colours that the colour-blind tell apart."""
+"""Pictures of test volumes: image, truth, and what each arm predicts, in colours that the colour-blind tell apart."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 from pix2rep import metrics
 from pix2rep.data.cache import PreparedCase, crop_or_pad
@@ -10,35 +12,68 @@ from pix2rep.data.nifti import read
 
 # Okabe and Ito's palette, ordered so that neighbours in it differ in lightness too; black and grey are the image's.
 COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#009E73", "#D55E00", "#0072B2")
-FILL, LINE = 0.35, 1.4  # opacity of a region, width of its outline in points
+FILL, LINE, TRUTH = 0.35, 1.4, 0.9  # opacity of a region, width of its outline and of the truth's on predictions, in points
+ARMS = {"pretrained": "pre-trained", "random": "from random"}  # in words
+SIDE = 2.6  # inches of a panel
 
 
-def draw(image: np.ndarray, panels: dict[str, np.ndarray | None], classes: tuple[str, ...], title: str):
-    """A figure of one slice: `image` [H, W] in [0, 1] once a panel, with the labels [H, W] of each panel on it (None: the bare image).
+@dataclass(frozen=True)
+class Row:
+    """A plane of a volume: the image [H, W] in [0, 1], the truth, and labels [H, W] by name."""
+
+    name: str
+    aspect: float  # height of a pixel over its width, mm
+    image: np.ndarray
+    truth: np.ndarray
+    labels: dict[str, np.ndarray]
+
+
+def draw(rows: list[Row], classes: tuple[str, ...], title: str):
+    """A figure of some planes of a volume, a row each: bare, with the truth, and with each of the labels and a white outline of the truth's classes.
 
     Labels 1..K take the palette's colours in order, again from its start after seven. Returns a matplotlib Figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(2.6 * len(panels), 3.3), dpi=150, layout="constrained")
+    names = ("image", "truth", *rows[0].labels)
+    heights = [min(max(row.aspect * row.image.shape[0] / row.image.shape[1], 0.2), 1.6) for row in rows]
+    figure = Figure(figsize=(SIDE * len(names), SIDE * sum(heights) + 0.25 * len(rows) + 0.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = np.atleast_1d(figure.subplots(1, len(panels)))
-    for axis, (name, labels) in zip(axes, panels.items(), strict=True):
-        axis.imshow(image, cmap="gray", vmin=0, vmax=1, origin="lower", interpolation="nearest")  # row 0 is posterior in RAS+
-        axis.set_title(name, fontsize=9)
-        axis.set_axis_off()
-        for k in range(1, len(classes) + 1) if labels is not None else ():
-            region = labels == k
-            if region.any():
-                colour = COLOURS[(k - 1) % len(COLOURS)]
-                axis.contourf(region, levels=[0.5, 1.5], colors=[colour], alpha=FILL)
-                axis.contour(region, levels=[0.5], colors=[colour], linewidths=LINE)
-    patches = [Patch(facecolor=COLOURS[k % len(COLOURS)], label=name) for k, name in enumerate(classes)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
+    axes = figure.subplots(len(rows), len(names), squeeze=False, height_ratios=heights)
+    for row, own in zip(rows, axes, strict=True):
+        for axis, name, labels in zip(own, names, (None, row.truth, *row.labels.values()), strict=True):
+            axis.imshow(row.image, cmap="gray", vmin=0, vmax=1, origin="lower", interpolation="nearest", aspect=row.aspect)  # row 0 is posterior in RAS+
+            axis.set_axis_off()
+            if row is rows[0]:
+                axis.set_title(name, fontsize=9)
+            for k in range(1, len(classes) + 1) if labels is not None else ():
+                _region(axis, labels == k, COLOURS[(k - 1) % len(COLOURS)], LINE, FILL)
+                if name not in ("image", "truth"):
+                    _region(axis, row.truth == k, "white", TRUTH)
+        if len(rows) > 1:
+            own[0].text(0.02, 0.02, row.name, transform=own[0].transAxes, color="white", fontsize=8)
+    handles = [Patch(facecolor=COLOURS[k % len(COLOURS)], label=name) for k, name in enumerate(classes)]
+    handles.append(Line2D([], [], color="white", markeredgewidth=0, linewidth=TRUTH + 0.4, path_effects=_edged(), label="truth, on predictions"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=9, frameon=False)
     figure.suptitle(title, fontsize=9)
     return figure
+
+
+def _region(axis, region: np.ndarray, colour: str, width: float, fill: float = 0.0) -> None:
+    if region.any() and min(region.shape) > 1:
+        if fill:
+            axis.contourf(region, levels=[0.5, 1.5], colors=[colour], alpha=fill)
+        axis.contour(region, levels=[0.5], colors=[colour], linewidths=width)
+
+
+def _edged() -> list:
+    """A dark edge, so that a white line can be seen on a white page."""
+    from matplotlib.patheffects import Normal, Stroke
+
+    return [Stroke(linewidth=TRUTH + 1.6, foreground="0.3"), Normal()]
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -48,7 +83,7 @@ def spread(length: int, count: int) -> list[int]:
 
 def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[str, np.ndarray]], study, title: str, prefix: str = "") -> list[Path]:
     """Write downstream.overlays pictures, spread over the test volumes: <prefix>CASE.png shows the slice with the most foreground of the
-    truth, as much of it as data.size holds.
+    truth, as much of it as data.size holds; with network.dims 3, such a plane along each axis.
 
     predictions: {arm: {case id: labels [Z, H, W] on the source's own grid}}. Dice in the panels' titles is the whole volume's. Returns the
     paths.
@@ -57,28 +92,38 @@ def write(folder: Path, cases: list[PreparedCase], predictions: dict[str, dict[s
 
     paths = []
     for case in (cases[i] for i in spread(len(cases), study.config.downstream.overlays)):
-        truth = study.truth(case)
-        z = int((truth > 0).sum((1, 2)).argmax())
-        panels = {"image": None, "truth": _seen(truth[z], case, study)}
+        truth, labels = study.truth(case), {}
         for arm, volumes in predictions.items():
             score = metrics.nanmean(metrics.dice(volumes[case.id], truth, len(study.classes)))
-            panels[f"{arm}, Dice {score:.2f}"] = _seen(volumes[case.id][z], case, study)
-        volume = read(case.source).array.transpose(2, 1, 0)
-        low, high = study.config.data.window or np.percentile(volume, study.config.data.percentiles)
-        image = np.clip((_seen(volume[z], case, study) - low) / max(high - low, 1e-6), 0, 1)
+            labels[f"{ARMS.get(arm, arm)}, Dice {score:.2f}"] = volumes[case.id]
+        rows = _rows(case, study, truth, labels)
         path = folder / f"{prefix}{case.id}.png"
-        figure = draw(image, panels, study.classes, f"{title}: {case.id}, slice {z + 1} of {len(truth)}")
+        figure = draw(rows, study.classes, f"{title}: {case.id}, {rows[0].name} of {len(truth)}")
         with atomic(path) as temporary:
             figure.savefig(temporary, format="png")
         paths.append(path)
     return paths
 
 
-def _seen(plane: np.ndarray, case: PreparedCase, study) -> np.ndarray:
-    """What the network sees of a slice [H, W] of the source, at the source's own resolution."""
+def _rows(case: PreparedCase, study, truth: np.ndarray, labels: dict[str, np.ndarray]) -> list[Row]:
+    volume = read(case.source).array.transpose(2, 1, 0)
+    low, high = study.config.data.window or np.percentile(volume, study.config.data.percentiles)
+    volume, truth, labels = _seen(volume, case, study), _seen(truth, case, study), {name: _seen(v, case, study) for name, v in labels.items()}
+    spacing, rows = voxel_sizes(np.asarray(case.affine))[::-1], []
+    for axis, name in enumerate(("slice", "coronal", "sagittal") if study.config.network.dims == 3 else ("slice",)):
+        at = int((truth > 0).sum(tuple(k for k in range(3) if k != axis)).argmax())
+        height, width = (s for k, s in enumerate(spacing) if k != axis)
+        image = np.clip((volume.take(at, axis) - low) / max(high - low, 1e-6), 0, 1)
+        planes = {key: v.take(at, axis) for key, v in labels.items()}
+        rows.append(Row(name if axis else f"{name} {at + 1}", float(height / width), image, truth.take(at, axis), planes))
+    return rows
+
+
+def _seen(volume: np.ndarray, case: PreparedCase, study) -> np.ndarray:
+    """What the network sees of the slices [Z, H, W] of the source, at the source's own resolution."""
     (y0, y1), (x0, x1) = case.crop[1:]
     if study.slides:
-        return plane[y0:y1, x0:x1]
+        return volume[:, y0:y1, x0:x1]
     size = study.config.data.size[-2:]
     window = [round(s * (high - low) / n) for s, (low, high), n in zip(size, case.crop[1:], case.shape[1:], strict=True)]
-    return crop_or_pad(plane[y0:y1, x0:x1], tuple(window))
+    return crop_or_pad(volume[:, y0:y1, x0:x1], tuple(window))

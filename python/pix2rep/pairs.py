@@ -1,29 +1,68 @@
-"""Two views of a slice with the grid between them, and what a backbone makes of both: what the pictures of a report show."""
+"""Two views of an image as a method draws them, and what a backbone makes of both: what the pictures of a report show."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pix2rep.config import Config
 from pix2rep.data.cache import PreparedCase, crop_or_pad
-from pix2rep.methods.pix2rep import IMAGE_MODE
 from pix2rep.training import seed_of
-from pix2rep.views.photometric import Photometric
-from pix2rep.views.spatial import SpatialView, dense, warp_image
 from pix2rep_kernels import warp
+
+if TYPE_CHECKING:
+    from pix2rep.methods.base import Method
+    from pix2rep.pictures import Look
 
 INSIDE, OUTSIDE = 7, 2  # points of a pair
 MARGIN, APART = 0.06, 0.1  # shares of the side that points keep from the border of view 2, and from each other
-NEAR = 3.0  # pixels within which a match counts as found
-QUERIES = 256  # points that are matched
+PLANES = ("axial", "coronal", "sagittal")
+
+
+@dataclass(frozen=True)
+class Views:
+    """Two views of one image, [1, 1, *S], and where in view 1 a pixel of view 2 comes from.
+
+    Pixels are numbered by their centres, ordered as the axes S.
+    """
+
+    view_1: Tensor
+    view_2: Tensor
+    source: Tensor  # float32 [*S, d], pixels of view 1
+    inside: Tensor  # bool [*S]: that lies within view 1
+    mode: str  # "linear" | "nearest" | "bicubic": how features of view 1 are moved
+    boxes: Tensor | None = None  # float32 [2, 2, d]: lower and upper faces of what both views see, of each view; None: view 2 shows a part of view 1
+    detail: Any = None  # what else the method drew
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the own pictures of a method are made of. `planes`: the planes of view 1 and view 2 that are shown, of volumes."""
+
+    method: "Method"
+    backbone: nn.Module
+    views: Views
+    features: tuple[Tensor, Tensor]  # float32 [1, C, *S]
+    planes: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A plane of view 2 and the same of view 1, moved there; [H, W], features [C, H, W]."""
+
+    name: str  # of PLANES
+    aspect: float
+    view: np.ndarray
+    moved: np.ndarray
+    inside: np.ndarray
+    features: np.ndarray
+    warped: np.ndarray
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One slice plane of two views; of volumes, the middle plane of view 2 and the plane of view 1 that its first point comes from.
+    """One slice plane of two views; of volumes, a plane of view 2 and the plane of view 1 that its first point comes from.
 
     Pixels are (row, column). Planes of features are float32 [C, H, W].
     """
@@ -42,58 +81,109 @@ class Pair:
     features_2: np.ndarray
     warped: np.ndarray  # features of view 1 at `source`, 0 outside
     points: np.ndarray  # [P, 2] int: pixels of view 2, those that come from inside first
-
-
-def draw_views(image: Tensor, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """View 1 and view 2 [1, 1, *S] of an image of that shape, and the grid [1, *S, d] that maps view 2 to view 1, drawn as in pre-training."""
-    photometric = Photometric(config.photometric)
-    view_1 = photometric(image, generator)
-    size = tuple(image.shape[2:])
-    grid = dense(SpatialView(config.spatial, config.network.dims)(1, size, generator, image.device), size)
-    return view_1, warp_image(photometric(image, generator), grid, IMAGE_MODE[config.loss.mode]), grid
+    frames: tuple[np.ndarray, np.ndarray | None]  # [N, 2] float, closed outlines: what view 1, and view 2, has in common with the other
+    planes: tuple[Plane, ...] = ()  # of volumes: axial, coronal, sagittal
+    own: Any = None  # of the method's own pictures
 
 
 @torch.no_grad()
-def make_pair(case: PreparedCase, part: str, config: Config, backbone: Callable[[Tensor], Tensor], index: int) -> Pair:
-    """The pair of the middle slice of a case (of the whole of it where data.size has three entries), on the CPU.
+def make_pair(case: PreparedCase, part: str, look: "Look", method: "Method", backbone: nn.Module, index: int, own: bool = True) -> Pair:
+    """The pair of a case as `look` draws and sees it, on the CPU; without `own`, what the method's own pictures show is left out.
 
     `index` and pretrain.seed decide the draws. Raises VolumeError for a prepared volume that is not what was written.
     """
-    volume, size = np.asarray(case.image()), config.data.size
-    middle = len(volume) // 2
-    image = torch.from_numpy(crop_or_pad(volume[middle] if len(size) == 2 else volume, size).astype(np.float32))[None, None]
+    config, size = method.config, method.config.data.size
     generator = torch.Generator().manual_seed(seed_of(config.pretrain.seed, index))
-    view_1, view_2, grid = draw_views(image, config, generator)
-    features_1, features_2 = (backbone(view).float() for view in (view_1, view_2))
+    views = look.draw(method, case, generator)
+    features_1, features_2 = (look.features(method, backbone, view).float() for view in (views.view_1, views.view_2))
     height, width = size[-2:]
-    flat = 0 if len(size) == 2 else size[0] // 2 * height * width
-    lattice = torch.arange(flat, flat + height * width)
-    warped, _ = warp(features_1, grid, points=lattice, mode=config.loss.mode)
-    position = pixels_of(grid, size).reshape(-1, len(size))[lattice].reshape(height, width, -1)  # [H, W, d], last axis ordered as `size`
-    last = torch.tensor([n - 1 for n in size])
-    inside = ((position > -1e-4) & (position < last + 1e-4)).all(-1)
-    view_2 = view_2[0, 0].reshape(-1, height, width)[flat // (height * width)].numpy()
+    common = views.inside.reshape(-1, height, width)
+    at = len(common) // 2
+    if not common[at].any():  # crops of a volume may have the plane in the middle not in common
+        at = int(common.sum((1, 2)).argmax())
+    inside, position = common[at], views.source.reshape(-1, height, width, len(size))[at]
+    view_2 = plane_of(views.view_2, at)[0]
     points = choose_points(view_2, inside.numpy(), generator)
     depth, in_plane = 0, inside
     if len(size) == 3:
         row, column = points[0]
         depth = int(position[row, column, 0].round().clamp(0, size[0] - 1))
         in_plane = inside & ((position[..., 0] - depth).abs() <= 0.5)
-    plane = f"slice {middle + 1} of {len(volume)}" if len(size) == 2 else f"slice {depth + 1} of view 1, {size[0] // 2 + 1} of view 2, of {size[0]}"
-
-    def planes(features: Tensor, at: int) -> np.ndarray:
-        return features[0].reshape(features.shape[1], -1, height, width)[:, at].numpy()
-
+    slices = case.image().shape[0]
+    plane = f"slice {slices // 2 + 1} of {slices}" if len(size) == 2 else f"slice {depth + 1} of view 1, {at + 1} of view 2, of {size[0]}"
+    lattice = torch.arange(at * height * width, (at + 1) * height * width)
     return Pair(
         case.patient, case.id, part, plane, case.spacing[1] / case.spacing[2],
-        planes(view_1, depth)[0], view_2, position[..., -2:].numpy(), inside.numpy(), in_plane.numpy(),
-        planes(features_1, depth), planes(features_2, flat // (height * width)), warped.T.reshape(-1, height, width).float().numpy(), points,
+        plane_of(views.view_1, depth)[0], view_2, position[..., -2:].numpy(), inside.numpy(), in_plane.numpy(),
+        plane_of(features_1, depth), plane_of(features_2, at), moved(features_1, views, lattice).reshape(-1, height, width).numpy(),
+        points, _frames(views, position[..., -2:].numpy()),
+        _planes(views, (features_1, features_2), at, case.spacing) if len(size) == 3 else (),
+        look.own(Seen(method, backbone, views, (features_1, features_2), (depth, at))) if own and look.own else None,
     )  # fmt: skip
 
 
-def pixels_of(grid: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Positions [*S, d] in pixels, ordered as the axes `size`, of a dense grid [1, *S, d] (x first, align_corners=True)."""
-    return (grid[0].flip(-1) + 1) / 2 * torch.tensor([n - 1 for n in size])
+def middle(case: PreparedCase, size: tuple[int, ...], array: np.ndarray | None = None, padding: int = 0) -> np.ndarray:
+    """The middle slice of a case's image, or of `array` in its place, at `size`; where that has three entries, the middle of the whole of it."""
+    volume = np.asarray(case.image() if array is None else array)
+    volume = volume[len(volume) // 2] if len(size) == 2 else volume
+    return crop_or_pad(volume.astype(np.int32) if padding else volume, size, padding)
+
+
+def middle_image(case: PreparedCase, size: tuple[int, ...]) -> Tensor:
+    """`middle` as an image, float32 [1, 1, *size]."""
+    return torch.from_numpy(middle(case, size).astype(np.float32))[None, None]
+
+
+def plane_of(maps: Tensor, at: int) -> np.ndarray:
+    """[1, C, *S] -> [C, H, W]; of volumes, plane `at`."""
+    return maps[0].reshape(maps.shape[1], -1, *maps.shape[-2:])[:, at].numpy()
+
+
+def pixels_of(grid: Tensor, size: tuple[int, ...], align_corners: bool = True) -> Tensor:
+    """Positions [*S, d] in pixels, ordered as the axes `size`, of a dense grid [1, *S, d] (x first)."""
+    sides = torch.tensor(size)
+    share = (grid[0].flip(-1) + 1) / 2
+    return share * (sides - 1) if align_corners else share * sides - 0.5
+
+
+def within(source: Tensor, size: tuple[int, ...], reach: float = 1e-4) -> Tensor:
+    """bool [*S]: positions [*S, d] in pixels that lie between the outermost centres, or at most `reach` pixels beyond."""
+    return ((source > -reach) & (source < torch.tensor(size) - 1 + reach)).all(-1)
+
+
+def moved(maps: Tensor, views: Views, where: Tensor, mode: str | None = None) -> Tensor:
+    """Maps [1, C, *S] of view 1 as they lie in view 2, at its pixels `where` (int [P], flat): [C, P], 0 from outside."""
+    last = torch.tensor(maps.shape[2:]) - 1
+    source = views.source.flatten(0, -2)[where].clamp(torch.zeros_like(last), last)  # half a pixel beyond the outermost centres is the border
+    grid = (2 * source / last.clamp(min=1) - 1).flip(-1)
+    rows, _ = warp(maps, grid.view(1, *[1] * (len(last) - 1), -1, len(last)), mode=mode or views.mode)
+    return (rows * views.inside.flatten()[where, None]).T
+
+
+def _frames(views: Views, position: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    if views.boxes is None:
+        return np.concatenate([position[0], position[1:, -1], position[-1, -2::-1], position[-2::-1, 0]]), None
+    corners = [(0, 0), (0, 1), (1, 1), (1, 0), (0, 0)]
+    faces = views.boxes[..., -2:].numpy() - 0.5  # of pixels numbered by their centres
+    return tuple(np.array([(own[a, 0], own[b, 1]) for a, b in corners]) for own in faces)
+
+
+def _planes(views: Views, features: tuple[Tensor, Tensor], at: int, spacing: tuple[float, ...]) -> tuple[Plane, ...]:
+    """Through the middle of what plane `at` of view 2 has in common with view 1, else of the plane."""
+    size, found = tuple(views.view_1.shape[2:]), []
+    common = torch.argwhere(views.inside[at] if views.inside[at].any() else torch.ones(size[1:]))
+    through = (at, *common.median(0).values.tolist())
+    lattice = torch.arange(views.inside.numel()).view(size)
+    for axis, name in enumerate(PLANES):
+        where = lattice.select(axis, through[axis])
+        rows, columns = (s for k, s in enumerate(spacing) if k != axis)
+        flat = where.flatten()
+        view, inside = views.view_2.flatten()[flat], views.inside.flatten()[flat]
+        planes = (view, moved(views.view_1, views, flat, "linear")[0], inside)
+        own = (features[1][0].flatten(1)[:, flat], moved(features[0], views, flat))
+        shown = (part.reshape(*part.shape[:-1], *where.shape).numpy() for part in (*planes, *own))
+        found.append(Plane(name, rows / columns, *shown))
+    return tuple(found)
 
 
 def choose_points(view: np.ndarray, inside: np.ndarray, generator: torch.Generator) -> np.ndarray:
@@ -128,83 +218,3 @@ def _spread(candidates: np.ndarray, taken: list[np.ndarray], count: int, apart: 
             break
         found.append(candidates[gap.argmax()])
     return found
-
-
-@dataclass(frozen=True)
-class Colours:
-    """Features as colours by one PCA for all pictures: component 1 is lightness, 2 blue to yellow, 3 green to red (CIELAB).
-
-    So the first two, most of what there is to see, do not need red and green told apart.
-    """
-
-    mean: np.ndarray  # [C]
-    components: np.ndarray  # [3, C]
-    low: np.ndarray  # [3], 2nd percentile
-    high: np.ndarray  # 98th
-    explained: np.ndarray  # [3] share of the variance
-
-    @classmethod
-    def fit(cls, maps: list[np.ndarray]) -> "Colours":
-        """From all pixels of feature planes [C, H, W]."""
-        rows = np.concatenate([m.reshape(len(m), -1).T for m in maps]).astype(np.float64)
-        mean = rows.mean(0)
-        values, vectors = np.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
-        components = np.zeros((3, len(mean)))
-        found = vectors.T[::-1][:3]
-        components[: len(found)] = found * np.sign(found[np.arange(len(found)), np.abs(found).argmax(1)])[:, None]  # eigh's signs are arbitrary
-        low, high = np.percentile((rows - mean) @ components.T, (2, 98), axis=0)
-        explained = np.zeros(3)
-        explained[: len(found)] = values[::-1][:3] / max(values.sum(), 1e-30)
-        return cls(mean, components, low, high, explained)
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """RGB [H, W, 3] in [0, 1] of a plane [C, H, W]."""
-        from skimage.color import lab2rgb
-
-        scores = np.tensordot(self.centred(features), self.components, (0, 1))  # [H, W, 3]
-        share = np.clip((scores - self.low) / np.maximum(self.high - self.low, 1e-12), 0, 1)
-        lab = np.stack([30 + 65 * share[..., 0], 90 * share[..., 2] - 45, 100 * share[..., 1] - 50], -1)
-        return np.clip(lab2rgb(lab), 0, 1)
-
-    def centred(self, features: np.ndarray) -> np.ndarray:
-        """Features minus the mean over all pictures: without it the cosine of any two pixels is near 1."""
-        return features - self.mean[:, None, None].astype(features.dtype)
-
-
-def cosine(features: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Of a feature [C] with every pixel of a plane [C, *S]; 0 where one is 0."""
-    norm = np.linalg.norm(features, axis=0) * np.linalg.norm(row)
-    return np.tensordot(row, features, 1) / np.maximum(norm, 1e-12)
-
-
-def agreement(pair: Pair, colours: Colours) -> dict[str, float]:
-    """How well features follow the transform, over pixels of view 2 that come from inside.
-
-    corresponding: mean cosine of the two features of a pixel; unrelated: the same with pixels drawn anew; found: share of QUERIES pixels
-    whose most similar pixel in view 1 is within NEAR pixels of the true one; chance: that share for a pixel drawn at random. NaN without
-    such pixels.
-    """
-    first, second, warped = (colours.centred(f) for f in (pair.features_1, pair.features_2, pair.warped))
-    keep = np.flatnonzero(pair.in_plane)
-    if len(keep) < 2:
-        return dict.fromkeys(("corresponding", "unrelated", "found", "chance"), float("nan"))
-    rng = np.random.default_rng(0)
-    rows_1, rows_2 = (_unit(f.reshape(len(f), -1).T[keep]) for f in (warped, second))
-    keys = _unit(first.reshape(len(first), -1).T)
-    queries = rng.permutation(len(keep))[:QUERIES]
-    width = first.shape[2]
-    truth = pair.source.reshape(-1, 2)[keep[queries]]
-    best = (rows_2[queries] @ keys.T).argmax(1)
-    distance = np.hypot(best // width - truth[:, 0], best % width - truth[:, 1])
-    lattice = np.arange(len(keys))
-    by_chance = np.hypot(lattice // width - truth[:, :1], lattice % width - truth[:, 1:]) <= NEAR
-    return {
-        "corresponding": float((rows_1 * rows_2).sum(1).mean()),
-        "unrelated": float((rows_1 * rows_2[rng.permutation(len(keep))]).sum(1).mean()),
-        "found": float((distance <= NEAR).mean()),
-        "chance": float(by_chance.mean()),
-    }
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

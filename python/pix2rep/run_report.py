@@ -11,15 +11,19 @@ from torch import nn
 
 from pix2rep import checkpoint, curves, page, pictures
 from pix2rep import config as config_file
+from pix2rep.colours import NEAR, Colours, agreement
 from pix2rep.config import Config
 from pix2rep.data.cache import PreparedCase, prepare
 from pix2rep.data.discover import discover
 from pix2rep.data.splits import read_split
 from pix2rep.disk import atomic
 from pix2rep.log import read_log, say
+from pix2rep.looks import LOOKS
+from pix2rep.methods import build_method
+from pix2rep.methods.base import Method
 from pix2rep.networks import build_backbone
 from pix2rep.overlay import spread
-from pix2rep.pairs import NEAR, Colours, agreement, make_pair
+from pix2rep.pairs import make_pair
 from pix2rep.plan import TASKS
 from pix2rep.typed import shown
 
@@ -29,12 +33,14 @@ OVERLAYS = 3  # pictures a downstream task
 
 @dataclass(frozen=True)
 class Trained:
-    """A backbone in eval mode on the CPU, the steps it took, the file it comes from."""
+    """A backbone and its method in eval mode on the CPU, the steps they took, the file they come from."""
 
     backbone: nn.Module
+    method: Method
     steps: int
     file: Path
     ended: bool
+    heads: bool  # whether the method's heads are the trained ones
 
 
 def write(run: Path, out: Path | None = None, cases: int = 2) -> Path:
@@ -65,24 +71,40 @@ def write(run: Path, out: Path | None = None, cases: int = 2) -> Path:
 
 
 def load_trained(run: Path) -> Trained:
-    """The backbone of a run, or of its newest checkpoint while it has no weights.
+    """The backbone of a run, or of its newest checkpoint while it has no weights, and where pictures show them (`Look.heads`) the method's heads.
 
     Raises FileNotFoundError where there is neither, ValueError where weights and config.yaml do not belong together.
     """
-    path = run / "weights.safetensors"
-    if path.is_file():
+    path, steps = run / "weights.safetensors", None
+    if ended := path.is_file():
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
             steps = int(file.metadata()["steps"])
-        return Trained(checkpoint.load_backbone(run)[0], steps, path, True)
-    found = checkpoint.newest(run)
-    if found is None:
+    method = config_file.load(run / "config.yaml").loss.method
+    found = _checkpoint(run, ended) if LOOKS[method].heads or not ended else None
+    if found and steps in (None, found[1]["step"]):  # heads belong to the weights of their own step
+        file, state = found
+        config = config_file.from_dict(state["config"])
+        backbone = build_backbone(config.network)
+        backbone.load_state_dict(state["backbone"])
+        method = build_method(config, backbone)
+        method.load_state_dict(state["method"])
+        return Trained(backbone.eval(), method.eval(), state["step"], file, ended, True)
+    if not ended:
         raise FileNotFoundError(f"run must hold weights.safetensors or a checkpoint, got {run} before its first checkpoint")
-    path, state = found
-    backbone = build_backbone(config_file.from_dict(state["config"]).network)
-    backbone.load_state_dict(state["backbone"])
-    return Trained(backbone.eval(), state["step"], path, False)
+    backbone, config = checkpoint.load_backbone(run)
+    return Trained(backbone, build_method(config, backbone).eval(), steps, path, True, False)
+
+
+def _checkpoint(run: Path, ended: bool) -> tuple[Path, dict] | None:
+    """Path and state of the newest; None without one, or where a run that has ended can do without."""
+    try:
+        return checkpoint.newest(run)
+    except ValueError:
+        if not ended:
+            raise
+    return None
 
 
 def _header(run: Path, config: Config, rows: list[dict]) -> list[str]:
@@ -152,7 +174,8 @@ def _curves(config: Config, rows: list[dict]) -> list[str]:
 
 
 def _downstream(run: Path) -> list[str]:
-    parts = []
+    """Tables of every task, then their pictures, those of a volume one below the other."""
+    parts, found = [], {}
     for what in TASKS:
         file = run / what / "results.json"
         if not file.is_file():
@@ -160,13 +183,27 @@ def _downstream(run: Path) -> list[str]:
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
             parts += [page.heading(f"Downstream: {what}"), *_results(result)]
-            found = sorted((run / what / "overlays").glob("*.png"))
-            parts += [
-                page.picture(page.png_from(path), f"Labels of {path.stem}: truth and predictions", f"{what}, {path.stem}: outlines should follow the truth's.")
-                for path in (found[i] for i in spread(len(found), OVERLAYS))
-            ] if found else []  # fmt: skip
+            for path in sorted((run / what / "overlays").glob("*.png")):
+                found.setdefault(path.stem, []).append((what, path))
         except (ValueError, KeyError, TypeError, OSError) as error:
             parts.append(page.paragraph(f"{file} cannot be read: {error!r}", "warn"))
+    names = sorted(name for name in found if len(found[name]) == max(map(len, found.values())))  # those of both commands, where there are any
+    for k, i in enumerate(spread(len(names), OVERLAYS) if names else []):
+        parts += _predictions(names[i], found[names[i]], k == 0)
+    return parts
+
+
+def _predictions(case: str, pictures: list[tuple[str, Path]], first: bool) -> list[str]:
+    parts = []
+    if first:
+        text = "Test volumes where the truth has most foreground. Colours are classes; on predictions the truth's outline is white: colours should fill it. "
+        text += "Dice is the mean over the classes of the whole volume, of the first draw of labelled patients."
+        parts += [page.heading("Predictions"), page.paragraph(text)]
+    for what, path in pictures:
+        try:
+            parts.append(page.picture(page.png_from(path), f"Labels of {case}: truth and predictions of {what}", f"{case}, {what}."))
+        except OSError as error:
+            parts.append(page.paragraph(f"{path} cannot be read: {error!r}", "warn"))
     return parts
 
 
@@ -204,21 +241,24 @@ def _pictures(run: Path, config: Config, count: int) -> list[str]:
     prepared = prepare(cases, config.data, config.data.cache or run / "cache")
     split = read_split(run / "split.json", cases)
     chosen = choose(prepared.cases, split, count, config.pretrain.seed)
-    pairs = [make_pair(case, part, config, trained.backbone, index) for index, (part, case) in enumerate(chosen)]
+    look = LOOKS[config.loss.method]
+    own = trained.heads or not look.heads
+    pairs = [make_pair(case, part, look, trained.method, trained.backbone, index, own) for index, (part, case) in enumerate(chosen)]
     colours = Colours.fit([features for pair in pairs for features in (pair.features_1, pair.features_2)])
     following = {pair.case: [*pairs[i + 1 :], *pairs[:i]] for i, pair in enumerate(pairs)}
     others = {case: other for case, rest in following.items() for other in rest[:1]}  # a patient has one pair
     infonce = config.loss.method == "pix2rep" and config.loss.objective == "infonce"
-    scene = pictures.Scene(colours, config.loss.temperature if infonce else None, others)
+    scene = pictures.Scene(colours, config.loss.temperature if infonce else None, others, tuple(pairs))
     origin = f"Features of the backbone at step {trained.steps}, from {trained.file.name}"
     origin += "." if trained.ended else ": the run has not ended, these are its newest checkpoint's."
     shares = ", ".join(f"{share:.0%}" for share in colours.explained)
-    parts = [
-        page.heading("Pictures"),
+    parts = [page.heading("Pictures"), page.paragraph(f"{origin} {look.words(config)}")]
+    if not own:
+        parts.append(page.paragraph("What the heads make of features is not shown: they are in checkpoints only, and the run has none of that step.", "warn"))
+    parts += [
         page.paragraph(
-            f"{origin} Views are drawn by the run's options `spatial` and `photometric`. Colours: one PCA for all pictures, so that a colour means "
-            f"the same everywhere; component 1 is lightness, 2 blue to yellow, 3 green to red ({shares} of the variance). Cosines are of features "
-            "minus their mean over all pictures; the loss saw them through a projection head, which is not used here."
+            f"Colours: one PCA for all pictures, so that a colour means the same everywhere; component 1 is lightness, 2 blue to yellow, 3 green to red "
+            f"({shares} of the variance). Cosines are of features minus their mean over all pictures."
         ),
         page.table(
             [(pair.case, PARTS[pair.part], *_numbers(agreement(pair, colours))) for pair in pairs],
@@ -231,9 +271,10 @@ def _pictures(run: Path, config: Config, count: int) -> list[str]:
     ]
     for pair in pairs:
         parts.append(page.heading(f"{pair.case}, {PARTS[pair.part]} patient: {pair.plane}", 3))
-        for panel in pictures.PANELS:
+        for panel in look.panels:
             drawn = panel(pair, scene)
-            parts.append(page.picture(page.png_of(drawn.figure), drawn.alt, drawn.caption))
+            if drawn is not None:
+                parts.append(page.picture(page.png_of(drawn.figure), drawn.alt, drawn.caption))
     return parts
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -19,9 +20,12 @@ from typer.testing import CliRunner
 
 from pix2rep import curves, page, pictures, run_report
 from pix2rep.cli import app
+from pix2rep.colours import Colours, agreement
 from pix2rep.config import load
 from pix2rep.log import read_log
-from pix2rep.pairs import Colours, agreement, choose_points, make_pair, pixels_of
+from pix2rep.looks import LOOKS
+from pix2rep.methods import build_method
+from pix2rep.pairs import choose_points, make_pair, pixels_of
 from pix2rep.pretrain import run as pretrain
 from pix2rep.views.spatial import dense
 from tests.trainer.volumes import dataset
@@ -50,7 +54,7 @@ def copied(finished, tmp_path):
 @pytest.fixture
 def unpictured(monkeypatch):
     """Drawing is slow, and another test looks at what is drawn."""
-    monkeypatch.setattr(pictures, "PANELS", ())
+    monkeypatch.setitem(LOOKS, "pix2rep", replace(LOOKS["pix2rep"], panels=()))
     monkeypatch.setattr(page, "svg_of", lambda figure, alt: "")
 
 
@@ -115,7 +119,7 @@ def test_a_page_that_needs_nothing_else(finished, tmp_path):
     assert re.search(r"network\.features\s+4\s+32", found.text)
     assert "step 6, from weights.safetensors" in found.text
     assert "Downstream" not in found.text
-    assert len(found.images) == 2 * len(pictures.PANELS)  # a pre-training and a validation patient
+    assert len(found.images) == 2 * 2  # a pre-training and a validation patient; no planes of slices
     assert all(image.width <= page.WIDEST and image.height > 300 for image in found.images)
     assert "pre-training patient: slice 3 of 4" in found.text
     assert "validation patient" in found.text
@@ -129,7 +133,7 @@ def test_one_pca_and_seeded_patients(finished, tmp_path, unpictured, monkeypatch
         seen.append((pair, scene))
         return pictures.Picture(Figure((1, 1)), "seen", "seen")
 
-    monkeypatch.setattr(pictures, "PANELS", (panel,))
+    monkeypatch.setitem(LOOKS, "pix2rep", replace(LOOKS["pix2rep"], panels=(panel,)))
     for name in ("a.html", "b.html"):
         run_report.write(finished, tmp_path / name, cases=2)
     for (one, _), (other, _) in zip(seen[:3], seen[3:], strict=True):
@@ -163,6 +167,11 @@ def a_case(array, spacing=(8.0, 1.5, 1.0)):
     return SimpleNamespace(id="p0", patient="p0", spacing=spacing, image=lambda: array.astype(np.float16))
 
 
+def pair_of(case, config, network, index):
+    method = build_method(config, SimpleNamespace(out_channels=3))
+    return make_pair(case, "val", LOOKS["pix2rep"], method, network, index)
+
+
 def powers(x):
     return torch.cat([x, x**2, x**3], 1)
 
@@ -181,7 +190,7 @@ def test_points_of_a_quarter_turn_show_the_same_pixels():
 def test_points_correspond(elastic):
     rng = np.random.default_rng(1)
     config = load(None, ["data.size=24,20", "spatial.scale=0.6,0.9", "spatial.translation=0.3", f"spatial.elastic={elastic}", *PLAIN])
-    pair = make_pair(a_case(rng.random((3, 24, 20))), "val", config, powers, 3)
+    pair = pair_of(a_case(rng.random((3, 24, 20))), config, powers, 3)
     assert pair.aspect == 1.5
     at_home = [tuple(p) for p in pair.points if pair.inside[tuple(p)]]
     assert len(at_home) == 7
@@ -193,14 +202,14 @@ def test_points_correspond(elastic):
         assert not (0 <= row <= 23 and 0 <= column <= 19)
     np.testing.assert_allclose(pair.warped[0][pair.inside], pair.view_2[pair.inside], atol=1e-4)
     np.testing.assert_allclose(pair.features_2, powers(torch.from_numpy(pair.view_2)[None, None])[0].numpy(), atol=1e-6)
-    again = make_pair(a_case(np.random.default_rng(1).random((3, 24, 20))), "val", config, powers, 3)
+    again = pair_of(a_case(np.random.default_rng(1).random((3, 24, 20))), config, powers, 3)
     np.testing.assert_array_equal(again.points, pair.points)
 
 
 def test_a_volume_is_shown_in_the_plane_of_its_first_point():
     config = load(None, ["network.dims=3", "data.size=6,12,10", "spatial.scale=1,1", "spatial.rotation=0", "spatial.flip=0,0,1", *PLAIN])
     array = np.random.default_rng(2).random((6, 12, 10))
-    pair = make_pair(a_case(array), "pretrain", config, powers, 0)
+    pair = pair_of(a_case(array), config, powers, 0)
     assert pair.plane == "slice 3 of view 1, 4 of view 2, of 6"  # z is flipped: 3 from 0 is 2
     np.testing.assert_allclose(pair.view_1, array[2].astype(np.float16), atol=1e-6)
     np.testing.assert_allclose(pair.view_2, pair.view_1, atol=1e-5)
@@ -222,7 +231,7 @@ def test_agreement_of_features_that_follow_and_that_do_not():
     maps = torch.randn(1, 16, 20, 20, generator=torch.Generator().manual_seed(0))
     noise = iter(torch.randn(2, 1, 16, 20, 20, generator=torch.Generator().manual_seed(1)))
     image = a_case(np.random.default_rng(0).random((1, 20, 20)))
-    follows, does_not = (make_pair(image, "val", config, network, 0) for network in (lambda x: maps, lambda x: next(noise)))
+    follows, does_not = (pair_of(image, config, network, 0) for network in (lambda x: maps, lambda x: next(noise)))
     found, lost = (agreement(pair, Colours.fit([pair.features_1, pair.features_2])) for pair in (follows, does_not))
     assert found["corresponding"] == pytest.approx(1, abs=1e-5)
     assert found["found"] == 1
@@ -281,16 +290,22 @@ def test_downstream_results(copied, unpictured, tmp_path):
     interval = {"mean": 0.4321, "low": 0.3, "high": 0.5}
     entry = {"labelled": 1, "arm": "pretrained", "patients": 3, "dice": {"mean": interval, "core": {"mean": None, "low": None, "high": None}}}
     result = {"classes": ["core"], "summary": [entry | {"seeds": {"0": 0.41, "1": None}}], "differences": [{"labelled": 1, **interval}]}
-    (copied / "probe" / "overlays").mkdir(parents=True)
-    (copied / "probe" / "results.json").write_text(json.dumps(result))
-    Image.new("RGB", (2200, 400), "red").save(copied / "probe" / "overlays" / "p0.png")
-    (copied / "finetune").mkdir()
-    (copied / "finetune" / "results.json").write_text('{"classes": [')
+    for what, names in (("probe", ("p0", "p1")), ("finetune", ("p1", "p2"))):
+        (copied / what / "overlays").mkdir(parents=True)
+        (copied / what / "results.json").write_text(json.dumps(result))
+        for name in names:
+            Image.new("RGB", (2200, 400 if what == "probe" else 200), "red").save(copied / what / "overlays" / f"{name}.png")
     found = Checked(run_report.write(copied, tmp_path / "a.html").read_text())
     assert re.search(r"pre-trained\s+-\s+0\.432 \[0\.300, 0\.500\]\s+0\.410 -\s+3", found.text)
     assert "pre-trained minus random +0.432 [+0.300, +0.500]" in found.text
+    assert [image.size for image in found.images] == [(1100, 200), (1100, 100)]  # the volume that both have, probe above fine-tuning
+    assert "p1, finetune." in found.text
+    (copied / "finetune" / "results.json").write_text('{"classes": [')
+    (copied / "probe" / "overlays" / "p0.png").write_text("no picture")
+    found = Checked(run_report.write(copied, tmp_path / "b.html").read_text())
     assert [image.size for image in found.images] == [(1100, 200)]
     assert "finetune/results.json cannot be read" in found.text
+    assert "overlays/p0.png cannot be read" in found.text
 
 
 def log_of(count=20, **values):
