@@ -32,8 +32,8 @@ def words(config: Config) -> str:
 
 def words_of_simclr(config: Config) -> str:
     return (
-        "Views are drawn by the run's options `spatial` and `photometric`; training moves both views, here view 1 stays. The loss saw the mean of the encoder's "
-        "last map through a projection head, which is not used here: features are that map, a coarse one, interpolated to the image's size. Nothing trains the "
+        "Views are drawn by the run's options `spatial` and `photometric`; training moves both views, here view 1 stays. The loss saw the mean of the "
+        "encoder's last map through a projection head, which is not used here: features are that map, a coarse one, interpolated to the image's size. Nothing trains the "
         "decoder, and nothing asks places of an image to differ."
     )
 
@@ -44,6 +44,6 @@ LOOKS = {
     "lrc": Look(
         pictures_lrc.draw, pictures_lrc.words, (*COMMON, pictures_lrc.borders, pictures_lrc.alike), pictures_lrc.features, pictures_lrc.own
     ),
-    "simclr": Look(draw, words_of_simclr, COMMON, coarsest),
     "pgl": Look(pictures_pgl.draw, pictures_pgl.words, COMMON, pictures_pgl.features),
+    "simclr": Look(draw, words_of_simclr, COMMON, coarsest),
 }
