@@ -33,8 +33,8 @@ def words(config: Config) -> str:
 def words_of_simclr(config: Config) -> str:
     return (
         "Views are drawn by the run's options `spatial` and `photometric`; training moves both views, here view 1 stays. The loss saw the mean of the "
-        "encoder's last map through a projection head, which is not used here: features are that map, a coarse one, interpolated to the image's size. Nothing trains the "
-        "decoder, and nothing asks places of an image to differ."
+        "encoder's last map through a projection head, which is not used here: features are that map, a coarse one, interpolated to the image's size. "
+        "Nothing trains the decoder, and nothing asks places of an image to differ."
     )
 
 
