@@ -107,6 +107,23 @@ def line(r: dict) -> str:
 HEADER = f"{'':52}images/s  loss's loss MiB  peak MiB  resident  steps   load"
 
 
+def table(content: dict) -> str:
+    """Ours: time, the loss's share, what it holds against 6 N D float32 of what it takes, the step's peak and that over what it would be without the loss."""
+    rows = [r for r in content["rows"] if r["loss"] == "ours" and "step_seconds" in r]
+    lines = [["network", "batch", "loss", "pixels", "seconds a step", "loss's share", "loss holds", "6 N D x 4 bytes", "peak", "over the networks'"]]
+    lines.append(["---"] * len(lines[0]))
+    for r in rows:
+        bound = 6 * r["pixels"] * r["D"] * 4 / 2**20
+        networks = max(peak for part, (_, peak, _) in r["parts_added_peak_seconds"].items() if not part.startswith("loss")) / 2**20 + r["standing_MiB"]
+        samples = {"lrc": f"{r['num_samples'] or 'all'} a region"}.get(r["objective"], f"{r['num_samples'] or 'all'}")
+        lines.append([
+            r["network"], str(r["B"]), r["objective"], samples, f"{r['step_seconds']:.3g}", f"{100 * r['loss_share']:.1f} %", f"{r['loss_MiB']:,.0f} MiB",
+            f"{bound:,.0f} MiB" if bound else "", f"{r['peak_MiB']:,.0f} MiB", f"{r['peak_MiB'] / networks:.2f}",
+        ])  # fmt: skip
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text + f"\n{content['device']}, {content['threads']} threads; `python -m benchmarks.step`; commit {content['commit'][:7]}.\n"
+
+
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)

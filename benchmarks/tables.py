@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import few_shot
+from benchmarks import few_shot, methods, step
 from benchmarks.growth import seconds
 from benchmarks.harness import ROOT
 from pix2rep_kernels.dispatch import OPS
@@ -172,18 +172,19 @@ def growth(folder: Path) -> str:
     return markdown(["series", "who", "sizes fitted", "time", "memory", "not started"], rows) + source(folder, ["infonce", "crosscorr"])
 
 
-def comparison(name: str) -> Callable[[Path], str]:
-    """Table of a `pix2rep compare` plan."""
+def of_file(name: str, table: Callable[[dict], str]) -> Callable[[Path], str]:
+    """What `table` makes of a results file."""
 
     def render_it(folder: Path) -> str:
         path = folder / f"{name}.json"
-        return few_shot.table(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
+        return table(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
 
     return render_it
 
 
 TABLES: dict[str, Callable[[Path], str]] = {"infonce": infonce, "ops": ops, "growth": growth}
-TABLES |= {name: comparison(name) for name in ("acdc_small", "acdc_pixels", "acdc_full_gpu")}
+TABLES |= {"methods": of_file("methods", methods.table), "step": of_file("step", step.table)}
+TABLES |= {name: of_file(name, few_shot.table) for name in ("acdc_small", "acdc_pixels", "acdc_full_gpu")}
 
 
 def render(text: str, results: Path = RESULTS) -> str:
