@@ -206,11 +206,15 @@ def test_a_skipped_step_leaves_weights_and_moves_average_and_queue(name):
     assert not any(torch.equal(*pair) for pair in zip(training.parameters[:4], before[0], strict=False))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not FULL, reason="compiles for minutes"))])
-@pytest.mark.parametrize("name", CASES)
-def test_compiled_steps_are_the_steps(name, backend, monkeypatch):
-    if backend == "eager" and name not in ("bim", "lrc", "pgl"):
-        pytest.skip("one case a method; all with PIX2REP_TEST=full")
+UNET = "network.name=basicunet network.channels=4,4,8,8,8 network.features=8 pretrain.amp=bf16".split()
+COMPILED = [(name, "eager", []) for name in ("bim", "lrc", "pgl")]
+if FULL:  # half a minute a case, most of it the C++ compiler's
+    COMPILED += [(name, "inductor", []) for name in CASES]
+    COMPILED += [(name, "inductor", UNET) for name in CASES]
+
+
+@pytest.mark.parametrize(("name", "backend", "options"), COMPILED, ids=lambda value: "unet-bf16" if isinstance(value, list) and value else str(value))
+def test_compiled_steps_are_the_steps(name, backend, options, monkeypatch):
     compiled, real = [], torch.compile
     torch.compiler.reset()
 
@@ -219,13 +223,11 @@ def test_compiled_steps_are_the_steps(name, backend, monkeypatch):
         return real(function, backend=backend)
 
     monkeypatch.setattr(torch, "compile", spied)
-    weights, losses = [], []
+    losses = []
     for extra in ([], ["pretrain.compile=true"]):
-        training, batches = trained(name, *extra)
+        training, batches = trained(name, "pretrain.lr=1e-3", *options, *extra)
         for step in range(2):
             training.step(step, batches, monitor=step == 1)
         losses.append([loss.item() for loss in training.pending])
-        weights.append(torch.cat([p.detach().flatten() for p in training.parameters]))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if backend == "inductor" else 1e-6)
-    assert (weights[1] - weights[0]).abs().max() < 0.1 * 2 * training.config.pretrain.lr or backend == "inductor"
-    assert len(compiled) == len(set(compiled)) >= 2
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if options else 1e-4)
+    assert losses[0][0] != losses[0][1] and len(compiled) == len(set(compiled)) >= 2
