@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from pix2rep import finetune
 from pix2rep.config import ConfigError, LrcConfig, load
 from pix2rep.data.cache import prepare
 from pix2rep.data.discover import discover
 from pix2rep.data.nifti import VolumeError
 from pix2rep.data.slices import SliceSource
 from pix2rep.data.superpixels import Superpixels
+from pix2rep.evaluate import save_model
 from pix2rep.methods import build_method
 from pix2rep.methods.base import Batch
 from pix2rep.networks import build_backbone
@@ -347,6 +350,24 @@ def test_a_run_begins_with_given_weights(prepared, tmp_path):
     with pytest.raises(ValueError, match=r"pretrain.init must hold the weights of this network, \d+ tensors, got others in \S+: upcat_1"):
         Training(config, CPU, source)
     assert load_file(tmp_path / "weights.safetensors").keys() == weights.keys()
+
+
+def test_a_run_begins_with_a_fine_tuned_backbone(prepared, tmp_path):
+    """As on top of a supervised pre-training: the file is the one that fine-tuning writes."""
+    config = load(None, [*TINY, "downstream.finetune_steps=2", "downstream.finetune_batch_size=2", "downstream.augment=false"])
+    torch.manual_seed(7)
+    model = finetune.build(build_backbone(config.network), classes=2, dims=2, seed=0)
+    before = copy.deepcopy(model.backbone.state_dict())
+    labels = torch.zeros(4, 32, 32, dtype=torch.int64)
+    labels[:, 8:20], labels[:, 20:] = 1, 2
+    finetune.fit(model, torch.rand(4, 1, 32, 32), labels, 1e-2, config, 0, validate=lambda model: 0.0)
+    entry = {"what": "finetune", "labelled": 1, "seed": 0, "arm": "random"}
+    save_model(model, tmp_path, entry, SimpleNamespace(classes=("a", "b")))
+    config.pretrain.init = str(tmp_path / "n1_seed0_random.safetensors")
+    training = Training(config, CPU, SliceSource(prepared, prepared.patients, config.data.size))
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(training.backbone.state_dict()[name], value) and torch.equal(training.method.momentum.state_dict()[name], value)
+    assert not torch.equal(before["conv_0.conv_0.conv.weight"], training.backbone.conv_0.conv_0.conv.weight)
 
 
 @pytest.mark.parametrize(
