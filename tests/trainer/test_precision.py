@@ -174,18 +174,21 @@ def trained(name, *extra):
     return Training(config, CPU, source=None), itertools.repeat(batch_of(config))
 
 
+AVERAGES = {"lrc": {"momentum": "", "momentum_head": "head"}, "pgl": {"target.backbone": "", "target.projector": "heads.projector"}}  # of what
+
+
 def rescaled(training, scale):
     training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": scale})
 
 
-@pytest.mark.parametrize("name", ["bim", "lrc", "pgl"])
+@pytest.mark.parametrize("name", ["pix2rep", "bim", "lrc", "pgl"])
 def test_a_skipped_step_leaves_weights_and_moves_average_and_queue(name):
     """An overflow in fp16: the optimiser skips, what comes of the forward pass stays valid."""
     training, batches = trained(name, "pretrain.amp=fp16", "lrc.momentum=0.5", "pgl.momentum=0.5")
     method = training.method
-    averages = {"bim": [], "lrc": [(training.backbone, "momentum")], "pgl": [(training.backbone, "target.backbone")]}[name]
+    averages = AVERAGES.get(name, {})
     with torch.no_grad():
-        for _, average in averages:
+        for average in averages:
             for weight in method.get_submodule(average).parameters():
                 weight.add_(1)
     before = copy.deepcopy((training.parameters, method.state_dict()))
@@ -193,9 +196,10 @@ def test_a_skipped_step_leaves_weights_and_moves_average_and_queue(name):
     training.step(0, batches, monitor=False)
     assert training.scaler.get_scale() < 2.0**60 and not training.optimizer.state
     assert all(torch.equal(*pair) for pair in zip(training.parameters, before[0], strict=True))
-    for online, average in averages:
-        for (key, weight), source in zip(method.get_submodule(average).named_parameters(), online.parameters(), strict=True):
-            torch.testing.assert_close(weight, (before[1][f"{average}.{key}"] + source) / 2)
+    for average, source in averages.items():
+        online = method.get_submodule(source) if source else training.backbone
+        for (key, weight), theirs in zip(method.get_submodule(average).named_parameters(), online.parameters(), strict=True):
+            torch.testing.assert_close(weight, (before[1][f"{average}.{key}"] + theirs) / 2)
     if name == "lrc":
         assert method.queue_ids.tolist() == [0, 1, 2, 3, -1, -1] and not method.keys
         assert not torch.equal(method.queue[:4], before[1]["queue"][:4]) and torch.equal(method.queue[4:], before[1]["queue"][4:])
@@ -213,7 +217,7 @@ if FULL:  # half a minute a case, most of it the C++ compiler's
     COMPILED += [(name, "inductor", UNET) for name in CASES]
 
 
-@pytest.mark.parametrize(("name", "backend", "options"), COMPILED, ids=lambda value: "unet-bf16" if isinstance(value, list) and value else str(value))
+@pytest.mark.parametrize(("name", "backend", "options"), COMPILED, ids=lambda value: value if isinstance(value, str) else "unet-bf16" if value else "small")
 def test_compiled_steps_are_the_steps(name, backend, options, monkeypatch):
     compiled, real = [], torch.compile
     torch.compiler.reset()

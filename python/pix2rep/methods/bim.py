@@ -83,7 +83,7 @@ class BIM(Method):
 
     def _affine(self, count: int, size: tuple[int, ...], spacing: Tensor | None, generator, device) -> Tensor:
         opt, d = self.config.bim, len(size)
-        faces = torch.tensor([n / max(n - 1, 1) for n in size], device=device).expand(count, d)  # SpatialView's -1 and 1 are centres, T's are faces
+        faces = torch.tensor([n / max(n - 1, 1) for n in size]).to(device, non_blocking=True).expand(count, d)  # ends of T's grid; SpatialView's: centres
         rotation = self.turn(count, size, generator, device, faces if spacing is None else faces * spacing)[:, :, :d]
         scale = uniform((count, 1, 1), *opt.scale, generator, device)
         return torch.cat([rotation / scale, uniform((count, d, 1), -opt.translation, opt.translation, generator, device)], 2)
