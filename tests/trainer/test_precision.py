@@ -210,14 +210,13 @@ def test_a_skipped_step_leaves_weights_and_moves_average_and_queue(name):
     assert not any(torch.equal(*pair) for pair in zip(training.parameters[:4], before[0], strict=False))
 
 
-UNET = "network.name=basicunet network.channels=4,4,8,8,8 network.features=8 pretrain.amp=bf16".split()
-COMPILED = [(name, "eager", []) for name in ("bim", "lrc", "pgl")]
+UNET = "network.name=basicunet network.channels=4,4,8,8,8 network.features=8"
+COMPILED = [(name, "eager", "") for name in ("bim", "lrc", "pgl")]
 if FULL:  # half a minute a case, most of it the C++ compiler's
-    COMPILED += [(name, "inductor", []) for name in CASES]
-    COMPILED += [(name, "inductor", UNET) for name in CASES]
+    COMPILED += [(name, "inductor", options) for name in CASES for options in ("", UNET, f"{UNET} pretrain.amp=bf16")]
 
 
-@pytest.mark.parametrize(("name", "backend", "options"), COMPILED, ids=lambda value: value if isinstance(value, str) else "unet-bf16" if value else "small")
+@pytest.mark.parametrize(("name", "backend", "options"), COMPILED)
 def test_compiled_steps_are_the_steps(name, backend, options, monkeypatch):
     compiled, real = [], torch.compile
     torch.compiler.reset()
@@ -227,11 +226,14 @@ def test_compiled_steps_are_the_steps(name, backend, options, monkeypatch):
         return real(function, backend=backend)
 
     monkeypatch.setattr(torch, "compile", spied)
-    losses = []
+    losses = []  # SGD: AdamW's first step is the gradient's sign, which rounding may turn
     for extra in ([], ["pretrain.compile=true"]):
-        training, batches = trained(name, "pretrain.lr=1e-3", *options, *extra)
+        training, batches = trained(name, "pretrain.optimizer=sgd", "pretrain.lr=1e-2", *options.split(), *extra)
         for step in range(2):
             training.step(step, batches, monitor=step == 1)
         losses.append([loss.item() for loss in training.pending])
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if options else 1e-4)
+    if "amp" in options:  # fused layers round less often
+        assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-2) and all(map(math.isfinite, losses[1]))
+    else:
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[0][0] != losses[0][1] and len(compiled) == len(set(compiled)) >= 2
