@@ -211,9 +211,11 @@ def test_a_skipped_step_leaves_weights_and_moves_average_and_queue(name):
 
 
 UNET = "network.name=basicunet network.channels=4,4,8,8,8 network.features=8"
+# Of the two losses. Where pooled values tie, rounding picks the one that gets the gradient; in bf16 fused layers round less often.
+RELATIVE = {"": (1e-4, 1e-4), UNET: (1e-4, 1e-2), f"{UNET} pretrain.amp=bf16": (1e-2, 1e-1)}
 COMPILED = [(name, "eager", "") for name in ("bim", "lrc", "pgl")]
 if FULL:  # half a minute a case, most of it the C++ compiler's
-    COMPILED += [(name, "inductor", options) for name in CASES for options in ("", UNET, f"{UNET} pretrain.amp=bf16")]
+    COMPILED += [(name, "inductor", options) for name in CASES for options in RELATIVE]
 
 
 @pytest.mark.parametrize(("name", "backend", "options"), COMPILED)
@@ -228,12 +230,10 @@ def test_compiled_steps_are_the_steps(name, backend, options, monkeypatch):
     monkeypatch.setattr(torch, "compile", spied)
     losses = []  # SGD: AdamW's first step is the gradient's sign, which rounding may turn
     for extra in ([], ["pretrain.compile=true"]):
-        training, batches = trained(name, "pretrain.optimizer=sgd", "pretrain.lr=1e-2", *options.split(), *extra)
+        training, batches = trained(name, "pretrain.optimizer=sgd", "pretrain.lr=1e-3", *options.split(), *extra)
         for step in range(2):
             training.step(step, batches, monitor=step == 1)
         losses.append([loss.item() for loss in training.pending])
-    if "amp" in options:  # fused layers round less often
-        assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-2) and all(map(math.isfinite, losses[1]))
-    else:
-        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    first, second = (pytest.approx(loss, rel=rel) for loss, rel in zip(losses[0], RELATIVE[options], strict=True))
+    assert losses[1][0] == first and losses[1][1] == second
     assert losses[0][0] != losses[0][1] and len(compiled) == len(set(compiled)) >= 2
