@@ -215,7 +215,9 @@ UNET = "network.name=basicunet network.channels=4,4,8,8,8 network.features=8"
 RELATIVE = {"": (1e-4, 1e-4), UNET: (1e-4, 1e-2), f"{UNET} pretrain.amp=bf16": (1e-2, 1e-1)}
 COMPILED = [(name, "eager", "") for name in ("bim", "lrc", "pgl")]
 if FULL:  # a minute a case, most of it the C++ compiler's
-    COMPILED += [(name, "inductor", options) for name, *_ in COMPILED for options in RELATIVE]
+    COMPILED += [(name, "inductor", "") for name in ("bim", "lrc", "pgl")]
+    # Not PGL's: on the CPU PyTorch 2.13 compiles batch norm of the 3D U-Net's small bottleneck in bf16 to running variances of NaN.
+    COMPILED += [(name, "inductor", options) for name in ("bim", "lrc") for options in RELATIVE if options]
 
 
 @pytest.mark.parametrize(("name", "backend", "options"), COMPILED)
