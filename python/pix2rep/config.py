@@ -28,6 +28,7 @@ class DataConfig:
     spacing: tuple[float, ...] | None = None  # resampling, mm along H, W, or Z, H, W; None keeps the scanner's
     percentiles: tuple[float, float] = (1.0, 99.0)  # intensities are clipped to these, then scaled to [0, 1], volume by volume
     window: tuple[float, float] | None = None  # the same range for every volume instead, such as -1024,325 HU
+    squares: tuple[float, float] | None = None  # 2D pre-training: random squares, side U of a slice's shorter one, resized to `size`; null: its centre
     roi: Literal["centre", "gt"] = "centre"  # crop; "gt": box of the labels plus `roi_margin` (as the official code; leaks labels)
     roi_margin: int = 10  # pixels
     classes: tuple[str, ...] = ()  # names of labels 1..K; empty: read from dataset.json, else "1", "2", …
@@ -71,6 +72,11 @@ class PhotometricConfig:
     bias_coefficients: float = 0.9  # cubic polynomial field, coefficients U(-c, c)
     bias_p: float = 0.75
     invert_p: float = 0.35  # 1 - x
+    rescale_p: float = 0.0  # image's percentiles `rescale_percentiles` to U(rescale_low), U(rescale_high), clipped (v2; how often is inferred)
+    rescale_percentiles: tuple[float, float] = (1.0, 99.0)  # v2
+    rescale_low: tuple[float, float] = (0.0, 0.3)  # v2
+    rescale_high: tuple[float, float] = (0.7, 1.0)  # v2
+    order: Literal["v1", "v2"] = "v1"  # noise, blur, gamma, bias, rescale, inversion | bias, rescale, blur, gamma, noise, inversion of [0, 1]
 
 
 @dataclass
@@ -240,6 +246,8 @@ def check(config: Config) -> None:
         (0 <= low < high <= 100, "data.percentiles", "LOW,HIGH with 0 <= LOW < HIGH <= 100"),
         (0 < small <= large, "spatial.scale", "SMALLEST,LARGEST with 0 < SMALLEST <= LARGEST"),
         (dims in (2, 3), "network.dims", "2 or 3"),
+        (config.data.squares is None or dims == 2, "data.squares", "null with network.dims=3"),
+        (config.data.squares is None or 0 < config.data.squares[0] <= config.data.squares[1] <= 1, "data.squares", "SMALLEST,LARGEST in (0, 1], or null"),
         (config.network.feature_levels in (1, 2, 3, 4), "network.feature_levels", "1, 2, 3 or 4"),
         (len(config.data.size) == dims, "data.size", f"{dims} numbers (network.dims = {dims})"),
         (config.split.val + config.split.test < 1, "split.val", f"under 1 with split.test = {config.split.test:g}"),

@@ -81,6 +81,7 @@ class LrcConfig:
     global_hidden: int = 256  # MLP on the pooled bottleneck, as in MoCo v2
     global_projection: int = 128  # MoCo's
     queue: int = 4096  # keys of earlier batches, negatives of the global loss; MoCo's 65536 suits millions of slices
+    own_keys: Literal["drop", "keep"] = "drop"  # older keys of the query's own image in the queue: no negatives, or ("keep", MoCo's) as all others
     momentum: float = 0.999  # MoCo's, of the moving average, a step
 
     def checks(self) -> Checks:

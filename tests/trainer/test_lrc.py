@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from pix2rep import finetune
 from pix2rep.config import ConfigError, LrcConfig, load
 from pix2rep.data.cache import prepare
 from pix2rep.data.discover import discover
 from pix2rep.data.nifti import VolumeError
 from pix2rep.data.slices import SliceSource
 from pix2rep.data.superpixels import Superpixels
+from pix2rep.evaluate import save_model
 from pix2rep.methods import build_method
 from pix2rep.methods.base import Batch
 from pix2rep.networks import build_backbone
@@ -65,7 +68,8 @@ def batch_of(config, size=2):
     regions = sum((torch.arange(n) >= n // 2).int().mul(2**k).view([-1] + [1] * (len(shape) - 1 - k)) for k, n in enumerate(shape))
     regions = regions.expand(size, *shape).clone().int()
     regions[..., :2] = -1
-    return Batch(images, regions=regions)
+    spacing = torch.tensor([3.0, 1.0, 2.0])[-len(shape) :].expand(size, -1) if len(shape) == 3 else None
+    return Batch(images, regions=regions, spacing=spacing, indices=torch.arange(size))
 
 
 def made(extra=(), double=True):
@@ -82,7 +86,7 @@ def made(extra=(), double=True):
 
 
 def plain_loss(config, backbone, method, view_q, view_k, regions_q, regions_k):
-    """Both terms with loops over images and regions."""
+    """Both terms with loops over images and regions; image k of the batch is item k of the source."""
     options = config.lrc
     features_q, bottom_q = backbone(view_q), backbone.encode(view_q)[-1]
     with torch.no_grad():
@@ -106,7 +110,11 @@ def plain_loss(config, backbone, method, view_q, view_k, regions_q, regions_k):
     query = F.normalize(method.head(bottom_q.flatten(2).mean(2)), dim=1)
     key = F.normalize(method.momentum_head(bottom_k.flatten(2).mean(2)), dim=1).detach()
     own = ((query * key).sum(1) / options.global_temperature).exp()
-    others = (query @ method.queue.T / options.global_temperature).exp().sum(1)
+    ids = [-1] * options.queue if options.own_keys == "keep" else method.queue_ids.tolist()
+    others = torch.stack([
+        sum((q @ row / options.global_temperature).exp() for row, image in zip(method.queue, ids, strict=True) if image != k)
+        for k, q in enumerate(query)
+    ])  # fmt: skip
     return options.local_weight * local - options.global_weight * (own / (own + others)).log().mean()
 
 
@@ -116,12 +124,15 @@ def plain_loss(config, backbone, method, view_q, view_k, regions_q, regions_k):
         [],
         ["lrc.warp=false", "lrc.symmetric=true", "lrc.local_weight=0.5", "lrc.global_weight=2"],
         ["lrc.keys=online", "lrc.negatives=batch", "lrc.global_weight=0"],
+        ["lrc.own_keys=keep"],
         SOLID,
     ],
-    ids=["default", "unwarped-symmetric-weights", "online-batch-local", "3d"],
+    ids=["default", "unwarped-symmetric-weights", "online-batch-local", "own-keys", "3d"],
 )
 def test_one_step_is_the_formula(extra):
     config, backbone, method = made(extra)
+    if config.lrc.own_keys == "drop" and config.lrc.global_weight:
+        method.queue_ids.copy_(torch.tensor([1, -1, 0, 7, 1, 2]))
     batch = batch_of(config)
     batch.images = batch.images.double()
     twin, twin_method = copy.deepcopy((backbone, method))
@@ -132,7 +143,7 @@ def test_one_step_is_the_formula(extra):
     if config.lrc.warp:
         generator = torch.Generator().manual_seed(1)
         method.photometric(batch.images, generator), method.photometric(batch.images, generator)
-        grid = method.spatial(len(batch.images), config.data.size, generator)
+        grid = method.spatial(len(batch.images), config.data.size, generator, spacing=batch.spacing)
         points = F.affine_grid(grid, batch.images.shape, align_corners=True)
         view_k = F.grid_sample(batch.images, points.double(), align_corners=True)
         regions_k = warp_labels(batch.regions + 1, grid) - 1
@@ -163,11 +174,55 @@ def test_the_average_follows_and_the_queue_turns():
     for now, old, online in zip(method.momentum.parameters(), before.parameters(), backbone.parameters(), strict=True):
         torch.testing.assert_close(now, 0.75 * old + 0.25 * online)
     queue = method.queue.clone()
+    batch.indices = batch.indices + 10
     method.step(backbone, batch, first)
     newest = method.keys[0]
+    assert method.queue_ids.tolist() == [2, 3, 0, 1, 2, 3]
     method.after_step(backbone, 1, 10)
+    assert method.queue_ids.tolist() == [10, 11, 12, 13, 2, 3]
     assert torch.equal(method.queue, torch.cat([newest, queue[4:]])) and method.oldest == 4
     torch.testing.assert_close(method.queue.norm(dim=1), torch.ones(6))
+
+
+def test_older_keys_of_the_same_image_are_no_negatives():
+    """The queue holds nothing but the batch's own images: without them nothing is left to contrast with."""
+    losses = {}
+    for own in ("drop", "keep"):
+        config, backbone, method = made(["lrc.local_weight=0", f"lrc.own_keys={own}"])
+        assert method.needs == {"regions"} | ({"indices"} if own == "drop" else set()) and hasattr(method, "queue_ids") == (own == "drop")
+        batch = batch_of(config, 1)
+        batch.images, batch.indices = batch.images.double(), torch.tensor([5])
+        other = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for _ in range(6):
+                method.step(backbone, batch, other)
+        method.after_step(backbone, 0, 9)
+        losses[own] = method.step(backbone, batch, torch.Generator().manual_seed(1))[0].item()
+        if own == "drop":
+            assert method.queue_ids.tolist() == [5] * 6
+            batch.indices = torch.tensor([4])  # the same pixels under another name
+            losses["another"] = method.step(backbone, batch, torch.Generator().manual_seed(1))[0].item()
+    assert abs(losses["drop"]) < 1e-12 < losses["keep"] == pytest.approx(losses["another"], rel=1e-12)
+    assert losses["keep"] > 0.5
+
+
+def test_a_checkpoint_from_before_the_ids_is_taken():
+    _, _, method = made()
+    state = {name: value for name, value in method.state_dict().items() if name != "queue_ids"}
+    method.load_state_dict(state)
+    assert (method.queue_ids == -1).all()
+
+
+def test_a_batch_says_which_images_it_holds(prepared):
+    config = load(None, TINY)
+    training = Training(config, CPU, SliceSource(prepared, prepared.patients, config.data.size))
+    batches = training.batches(0)
+    with contextlib.closing(batches):
+        seen = [next(batches).indices for _ in range(2)]
+    assert [found.tolist() for found in seen] == [training.sampler().indices(step).tolist() for step in range(2)]
+    for step in range(2):
+        training.step(step, training.batches(step), monitor=False)
+    assert training.method.queue_ids.tolist() == [*torch.cat(seen).tolist(), -1, -1]
 
 
 def test_only_the_local_loss_takes_any_backbone():
@@ -209,7 +264,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(volumes, tmp_path, monkeyp
     for part in ("backbone", "method"):
         assert whole[part].keys() == parts[part].keys()
         assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
-    assert not torch.equal(whole["method"]["queue"], state[0])
+    assert not torch.equal(whole["method"]["queue"], state[0]) and whole["method"]["queue_ids"].min() >= 0
 
 
 def test_superpixels_are_made_once_and_anew_where_options_or_files_change(prepared):
@@ -295,6 +350,24 @@ def test_a_run_begins_with_given_weights(prepared, tmp_path):
     with pytest.raises(ValueError, match=r"pretrain.init must hold the weights of this network, \d+ tensors, got others in \S+: upcat_1"):
         Training(config, CPU, source)
     assert load_file(tmp_path / "weights.safetensors").keys() == weights.keys()
+
+
+def test_a_run_begins_with_a_fine_tuned_backbone(prepared, tmp_path):
+    """As on top of a supervised pre-training: the file is the one that fine-tuning writes."""
+    config = load(None, [*TINY, "downstream.finetune_steps=2", "downstream.finetune_batch_size=2", "downstream.augment=false"])
+    torch.manual_seed(7)
+    model = finetune.build(build_backbone(config.network), classes=2, dims=2, seed=0)
+    before = copy.deepcopy(model.backbone.state_dict())
+    labels = torch.zeros(4, 32, 32, dtype=torch.int64)
+    labels[:, 8:20], labels[:, 20:] = 1, 2
+    finetune.fit(model, torch.rand(4, 1, 32, 32), labels, 1e-2, config, 0, validate=lambda model: 0.0)
+    entry = {"what": "finetune", "labelled": 1, "seed": 0, "arm": "random"}
+    save_model(model, tmp_path, entry, SimpleNamespace(classes=("a", "b")))
+    config.pretrain.init = str(tmp_path / "n1_seed0_random.safetensors")
+    training = Training(config, CPU, SliceSource(prepared, prepared.patients, config.data.size))
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(training.backbone.state_dict()[name], value) and torch.equal(training.method.momentum.state_dict()[name], value)
+    assert not torch.equal(before["conv_0.conv_0.conv.weight"], training.backbone.conv_0.conv_0.conv.weight)
 
 
 @pytest.mark.parametrize(

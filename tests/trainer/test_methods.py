@@ -203,6 +203,24 @@ def test_bim_transform_is_in_its_ranges(dims):
         assert 44 < angle.abs().max() <= 45 + 1e-3
 
 
+def test_bim_turns_volumes_in_mm():
+    """What T and the crop do to distances in mm is one factor: no shear, whatever the voxels."""
+    size, spacing = (6, 10, 16), torch.tensor([[5.0, 1.0, 2.0], [1.0, 1.0, 1.0]]).repeat(20, 1)
+    method = build_method(load(None, [*TINY, "network.dims=3", "data.size=6,10,16", "bim.mirror=0"]), Small(3))
+    assert method.needs == {"spacing"}
+    seen = []
+    crop = method.crop
+    method.crop = lambda *given: seen.append(given[-1]) or crop(*given)
+    theta = method.views(torch.rand(40, 1, *size), torch.Generator().manual_seed(0), spacing)[2]
+    extent = (torch.tensor(size) * spacing).flip(1)  # of T's faces, x first
+    linear = extent[:, :, None] * theta[:, :, :3] / extent[:, None]
+    square = linear @ linear.transpose(1, 2)
+    torch.testing.assert_close(square, square[:, :1, :1] * torch.eye(3), atol=1e-5, rtol=0)
+    assert (linear - linear * torch.eye(3)).abs().amax((1, 2)).min() > 1e-3
+    method.step(Small(3), Batch(torch.rand(2, 1, *size), spacing=spacing[:2]), torch.Generator().manual_seed(0))
+    assert torch.equal(seen[0], spacing) and torch.equal(seen[1], spacing[:2])
+
+
 def test_cluster_heads():
     layers = build_method(load(None, [*TINY, "bim.head=mlp", "bim.head_hidden=7"]), Small(2)).heads[0]
     assert [type(layer) for layer in layers] == [nn.Conv2d, nn.LeakyReLU, nn.Conv2d] and layers[1].negative_slope == 0.01

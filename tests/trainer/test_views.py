@@ -166,7 +166,7 @@ class TestPhotometric:
         x = torch.rand(4, 1, 8, 8)
         torch.testing.assert_close(Photometric(PhotometricConfig(**QUIET))(x, generator()), x, rtol=0, atol=0)
 
-    @pytest.mark.parametrize("name", ["noise", "blur", "gamma", "bias", "invert"])
+    @pytest.mark.parametrize("name", ["noise", "blur", "gamma", "bias", "invert", "rescale"])
     def test_each_change_comes_as_often_as_asked(self, name):
         x = 0.1 + 0.8 * torch.rand(1, 1, 8, 8, generator=generator()).expand(2000, -1, -1, -1)
         y = Photometric(PhotometricConfig(**QUIET | {f"{name}_p": 0.35}))(x, generator())
@@ -218,7 +218,35 @@ class TestPhotometric:
         assert log.abs().max() <= 10 * 0.9 and log.std(dim=(1, 2)).min() > 0.05
         assert log[:, 16, 16].abs().max() <= 0.9  # the constant
 
-    @pytest.mark.parametrize("bad", [{"noise_p": 1.2}, {"blur_sigma": -1.0}, {"bias_coefficients": -0.5}], ids=str)
+    def test_rescaling_takes_percentiles_to_drawn_ends(self):
+        x = 0.4 + 0.2 * torch.rand(300, 1, 20, 20, generator=generator())
+        y = Photometric(PhotometricConfig(**QUIET | {"rescale_p": 1.0}))(x, generator()).flatten(1)
+        low, high = y.amin(1), y.amax(1)
+        assert 0 <= low.min() < 0.02 and 0.28 < low.max() <= 0.3 and 0.7 <= high.min() < 0.72 and 0.98 < high.max() <= 1
+        x, order = x.flatten(1).sort(1)
+        y = y.gather(1, order)
+        assert (y[:, :5] == low[:, None]).all() and (y[:, 395:] == high[:, None]).all()  # 1 % of 400 at both ends
+        share = (x - x[:, 4:5]) / (x[:, 395:396] - x[:, 4:5])
+        torch.testing.assert_close(y, low[:, None] + (high - low)[:, None] * share.clamp(0, 1), atol=1e-5, rtol=0)
+        flat = Photometric(PhotometricConfig(**QUIET | {"rescale_p": 1.0}))(torch.ones(4, 1, 8, 8), generator())
+        assert (flat == flat[:, :, :1, :1]).all() and 0 <= flat.min() and flat.max() <= 0.3
+
+    def test_the_second_order_rescales_before_noise_and_inverts_what_is_in_range(self):
+        x = torch.rand(200, 1, 8, 8, generator=generator())
+        noisy = QUIET | {"noise_p": 1.0, "noise_std": 0.5, "rescale_p": 1.0}
+        first, second = (Photometric(PhotometricConfig(**noisy, order=order))(x, generator()) for order in ("v1", "v2"))
+        assert 0 <= first.min() and first.max() <= 1 and second.min() < -0.5 and second.max() > 1.5
+        inverted = Photometric(PhotometricConfig(**QUIET | {"invert_p": 1.0}, order="v2"))(3 * x - 1, generator())
+        torch.testing.assert_close(inverted, 1 - (3 * x - 1).clamp(0, 1))
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            {"noise_p": 1.2}, {"blur_sigma": -1.0}, {"bias_coefficients": -0.5}, {"rescale_p": 2.0}, {"rescale_percentiles": (99.0, 1.0)},
+            {"rescale_high": (0.5, 1.5)}, {"rescale_low": (0.0, 0.8)}, {"order": "v3"},
+        ],
+        ids=str,
+    )  # fmt: skip
     def test_bad_options(self, bad):
         with pytest.raises(ValueError, match=f"photometric.{next(iter(bad))}"):
             Photometric(PhotometricConfig(**bad))
@@ -242,4 +270,4 @@ def test_no_value_is_read_back_to_the_host(dims):
     with FakeTensorMode():  # raises where Python would need a number from a tensor
         x = torch.rand(2, 1, *size)
         grid = SpatialView(SpatialConfig(elastic=0.5), dims)(2, size)
-        assert warp_image(Photometric(PhotometricConfig())(x), grid).shape == x.shape
+        assert warp_image(Photometric(PhotometricConfig(rescale_p=0.5, order="v2"))(x), grid).shape == x.shape

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pix2rep.config import Config
 from pix2rep.data.cache import Prepared
 from pix2rep.data.slices import SliceSource
+from pix2rep.data.squares import SquareSource
 from pix2rep.method_config import PglConfig
 
 CANDIDATES = 64  # pairs of positions drawn until one overlaps enough
@@ -81,8 +82,10 @@ class PatchSource(SliceSource):
 
 
 def open_source(prepared: Prepared, patients, config: Config) -> SliceSource:
-    """Unlabelled images at data.size: slices for two entries, random patches for three."""
+    """Unlabelled images at data.size: slices (or with data.squares squares of them) for two entries, random patches for three."""
     size = config.data.size
+    if config.data.squares is not None:
+        return SquareSource(prepared, patients, size, config.data.squares, config.pretrain.seed)
     if len(size) == 2:
         return SliceSource(prepared, patients, size)
     return PatchSource(prepared, patients, size, config.pretrain.seed, crops=config.pgl)

@@ -62,6 +62,10 @@ class SliceSource:
         """Patients that the items come from, sorted, each once."""
         return sorted({self.cases[self._case[int(i)]].patient for i in indices})
 
+    def indices(self, indices) -> torch.Tensor:
+        """int64 [B]: the items themselves, for a method that tells images apart."""
+        return torch.from_numpy(np.array(indices, dtype=np.int64))
+
     def spacing(self, indices) -> torch.Tensor:
         """Voxel sizes, mm along the axes of `size`: float32 [B, len(size)]."""
         return torch.tensor([self.cases[self._case[int(i)]].spacing[-len(self.size) :] for i in indices], dtype=torch.float32)

@@ -21,6 +21,7 @@ class Batch:
     boxes: Tensor | None = None  # float32 [2, 2, B, 3]: lower and upper edges of the region that both crops see, in voxels of each crop
     spacing: Tensor | None = None  # float32 [B, len(S)]: voxel sizes, mm
     depths: Tensor | None = None  # float32 [B] in (0, 1): place of a slice's middle in its volume
+    indices: Tensor | None = None  # int64 [B]: items of the source
     patients: list[str] = field(default_factory=list)  # one an image
 
     def to(self, device: torch.device) -> "Batch":

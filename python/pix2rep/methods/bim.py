@@ -32,6 +32,7 @@ class BIM(Method):
     def __init__(self, config: Config, backbone: nn.Module):
         super().__init__(config, backbone)
         opt, dims = config.bim, config.network.dims
+        self.needs = frozenset({"spacing"}) if dims == 3 else self.needs  # pixels are square in plane, voxels are seldom cubes
         self.crop = SpatialView(SpatialConfig(rotation=opt.crop_rotation, scale=opt.crop_scale, flip=()), dims)
         self.turn = SpatialView(SpatialConfig(rotation=opt.rotation, scale=(1.0, 1.0), flip=()), dims)
         self.heads = nn.ModuleList(cluster_head(opt, backbone.out_channels, dims) for _ in range(opt.heads))
@@ -48,10 +49,10 @@ class BIM(Method):
             width = expect_encoder(backbone, "bim.encoder_weight")[-1]
             layers = nn.Linear(width, opt.encoder_hidden), nn.LeakyReLU(SLOPE), nn.Linear(opt.encoder_hidden, opt.encoder_projection)
             self.encoder_head = nn.Sequential(*layers)
-            self.needs = frozenset({"depths"}) if dims == 2 else frozenset()  # a volume has no depth in anything
+            self.needs = self.needs | {"depths"} if dims == 2 else self.needs  # a volume has no depth in anything
 
     def step(self, backbone: Callable, batch: Batch, generator: torch.Generator, monitor: bool = False) -> tuple[Tensor, dict[str, float]]:
-        view_1, view_2, theta = self.views(batch.images, generator)
+        view_1, view_2, theta = self.views(batch.images, generator, batch.spacing)
         features, bottleneck = self._features(backbone, torch.cat([view_1, view_2]))
         features_1, features_2 = features.chunk(2)
         features_1, inside = self.transform(features_1, theta)
@@ -65,12 +66,12 @@ class BIM(Method):
         return loss, stats
 
     @torch.no_grad()
-    def views(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """x, x_t [B, 1, *S] in [0, 1] and the grid of T [B, d, d+1] (`align_corners=False`)."""
+    def views(self, images: Tensor, generator: torch.Generator, spacing: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x, x_t [B, 1, *S] in [0, 1] and the grid of T [B, d, d+1] (`align_corners=False`). spacing: [B, d], voxel sizes; None: all alike."""
         opt, count, size = self.config.bim, len(images), tuple(images.shape[2:])
-        images = warp_image(images, mirrored(self.crop(count, size, generator, images.device), opt.crop_flip, generator))
+        images = warp_image(images, mirrored(self.crop(count, size, generator, images.device, spacing), opt.crop_flip, generator))
         view_1, view_2 = (jittered(images, opt.jitter, generator) for _ in range(2))
-        theta = mirrored(self._affine(count, size, generator, images.device), opt.mirror, generator)
+        theta = mirrored(self._affine(count, size, spacing, generator, images.device), opt.mirror, generator)
         gamma = uniform((count,) + (1,) * (len(size) + 1), *opt.gamma, generator, images.device)
         return view_1, self.transform(view_2**gamma, theta)[0], theta
 
@@ -80,9 +81,10 @@ class BIM(Method):
         shape = (len(maps), *maps.shape[2:])
         return rows.unflatten(0, shape).movedim(-1, 1), inside.view(shape)
 
-    def _affine(self, count: int, size: tuple[int, ...], generator, device) -> Tensor:
+    def _affine(self, count: int, size: tuple[int, ...], spacing: Tensor | None, generator, device) -> Tensor:
         opt, d = self.config.bim, len(size)
-        rotation = self.turn(count, size, generator, device)[:, :, :d]
+        faces = torch.tensor([n / max(n - 1, 1) for n in size]).to(device, non_blocking=True).expand(count, d)  # ends of T's grid; SpatialView's: centres
+        rotation = self.turn(count, size, generator, device, faces if spacing is None else faces * spacing)[:, :, :d]
         scale = uniform((count, 1, 1), *opt.scale, generator, device)
         return torch.cat([rotation / scale, uniform((count, d, 1), -opt.translation, opt.translation, generator, device)], 2)
 

@@ -70,8 +70,7 @@ class PGL(Method):
         points = self.options.points or tuple(online[0].shape[2:])
         local_online, local_target = online, target
         if self.options.align == "before":
-            mode = self.options.mode
-            local_online, local_target = ([interpolate(m, g, points, mode) for m, g in zip(maps, grids, strict=True)] for maps in (online, target))
+            local_online, local_target = ([self._interpolated(*pair, points) for pair in zip(maps, grids, strict=True)] for maps in (online, target))
             grids = [identity(len(m), 3, m.device) for m in local_online]
         predictions, targets = self._branches("", local_online, local_target)
         loss = self._both(lambda one, other: self.loss(predictions[one], targets[other], grids[one], grids[other], size=points))
@@ -81,6 +80,7 @@ class PGL(Method):
         return loss, self._monitor(predictions[0].detach(), targets[1], grids, points) if monitor else {}
 
     def after_step(self, backbone: nn.Module, step: int, steps: int) -> None:
+        """The target goes on where the optimiser skipped the step (fp16, a gradient that overflowed), towards weights that stayed."""
         momentum = self.momentum(step, steps)
         for name, module in self.target.items():
             move_towards(module, backbone if name == "backbone" else self.heads[name], momentum)
@@ -120,6 +120,12 @@ class PGL(Method):
         shift = grid.new_tensor([((p - s) // 2 - (p - s + 1) // 2) / p for s, p in zip(size, padded, strict=True)][::-1])
         return torch.cat([grid[..., :3] * scale[:, None], (grid[..., 3] * scale + shift)[..., None]], 2)
 
+    def _interpolated(self, features: Tensor, grid: Tensor, points: tuple[int, ...]) -> Tensor:
+        """A map [B, C, *S] at `points` of an affine grid: [B, C, *points]. The grid keeps its own precision: half of it would move the points."""
+        found = {"size": points, "mode": self.options.mode, "align_corners": False, "padding_mode": "border"}
+        rows, _ = warp(features, grid, backend=self.config.loss.backend, **found)
+        return rows.unflatten(0, (len(features), *points)).movedim(-1, 1)
+
     def _monitor(self, predictions: Tensor, targets: Tensor, grids: list[Tensor], points: tuple[int, ...]) -> dict[str, float]:
         total = len(predictions) * math.prod(points)
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:MONITORED].to(predictions.device)
@@ -133,12 +139,6 @@ def flipped(x: Tensor, flip: Tensor) -> Tensor:
     for axis in range(flip.shape[1]):
         x = torch.where(flip[:, axis].view(-1, *[1] * (x.ndim - 1)), x.flip(2 + axis), x)
     return x
-
-
-def interpolate(features: Tensor, grid: Tensor, points: tuple[int, ...], mode: str) -> Tensor:
-    """A map [B, C, *S] at `points` of an affine grid with half-pixel centres: [B, C, *points]."""
-    where = F.affine_grid(grid, [*features.shape[:2], *points], align_corners=False).to(features.dtype)
-    return F.grid_sample(features, where, mode="bilinear" if mode == "linear" else mode, padding_mode="border", align_corners=False)
 
 
 def cosine_distance(rows_1: Tensor, rows_2: Tensor) -> Tensor:
