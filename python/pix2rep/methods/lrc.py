@@ -60,9 +60,9 @@ class LRC(Method):
             view_k = warp_image(view_k, grid)
             regions_k = warp_labels(regions_q + 1, grid) - 1  # outside the image is no region
         local, follows = options.local_weight > 0, options.keys == "momentum"
-        features_q, query = self._see(backbone, self.head, view_q, local)
-        with torch.no_grad():
+        with torch.no_grad():  # first: what this network takes is given back before the other's activations are there
             features_k, key = self._see(Network(self, self.momentum), self.momentum_head, view_k, local and follows)
+        features_q, query = self._see(backbone, self.head, view_q, local)
         terms = {}
         if local:
             features_k = features_k if follows else backbone(view_k)

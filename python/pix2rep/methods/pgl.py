@@ -63,9 +63,9 @@ class PGL(Method):
         size = tuple(batch.crops.shape[3:])
         flips = [self._flips(len(crop), generator, crop.device) for crop in batch.crops]
         views = [self.intensity(flipped(crop, flip), generator) for crop, flip in zip(batch.crops, flips, strict=True)]
-        online = [self._map(backbone, view) for view in views]
-        with torch.no_grad():
+        with torch.no_grad():  # first: what this network takes is given back before the other's activations are there
             target = [self._map(Network(self, self.target["backbone"]), view) for view in views]
+        online = [self._map(backbone, view) for view in views]
         grids = [self._grid(low, high, size, flip, online[0]) for low, high, flip in zip(*batch.boxes, flips, strict=True)]
         points = self.options.points or tuple(online[0].shape[2:])
         local_online, local_target = online, target
