@@ -216,7 +216,7 @@ RELATIVE = {"": (1e-4, 1e-4), UNET: (1e-4, 1e-2), f"{UNET} pretrain.amp=bf16": (
 COMPILED = [(name, "eager", "") for name in ("bim", "lrc", "pgl")]
 if FULL:  # a minute a case, most of it the C++ compiler's
     COMPILED += [(name, "inductor", "") for name in ("bim", "lrc", "pgl")]
-    # Not PGL's: on the CPU PyTorch 2.13 compiles batch norm of the 3D U-Net's small bottleneck in bf16 to running variances of NaN.
+    # Not PGL's: on the CPU PyTorch 2.13 compiles the 3D U-Net's norms over a small bottleneck in bf16 to NaN.
     COMPILED += [(name, "inductor", options) for name in ("bim", "lrc") for options in RELATIVE if options]
 
 
