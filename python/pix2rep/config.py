@@ -53,7 +53,7 @@ class SpatialConfig:
     rotation: float = 90.0  # degrees, U(-r, r)
     scale: tuple[float, float] = (0.33, 0.95)  # isotropic crop scale s ~ U; the crop stays inside the square before rotation
     translation: float = 0.0  # extra, share of half the image, U(-t, t) per axis
-    flip: tuple[float, ...] = (0.38, 0.39)  # probability of a flip along x, along y (exclusive), as the official code draws at batch 8
+    flip: tuple[float, ...] = (0.38, 0.39)  # probability of a flip along x, along y (exclusive); the official code at batch 8: 0.45, 0.32
     elastic: float = 0.0  # probability of an elastic field (Pix2Rep-v2: 0.5)
     elastic_points: tuple[int, ...] = (5, 9)  # control points a side, one cubic B-spline field each
     elastic_displacement: tuple[float, ...] = (8.0, 2.5)  # pixels at 128 x 128, scaled with size, U(-d, d)
