@@ -10,7 +10,6 @@ from torch import nn
 from pix2rep.compare_records import changed, inputs_of_pretraining
 from pix2rep.config import NetworkConfig, completed, load, to_dict
 from pix2rep.methods import build_method
-from pix2rep.methods.pgl import interpolate
 from pix2rep.networks import Segmenter, build_backbone, projection_head
 from pix2rep.plan import plan_of
 
@@ -160,7 +159,7 @@ def test_pgl_finds_places_in_the_maps_of_an_anisotropic_encoder(size):
         places.append((n - centres if backwards else centres).view(shape).expand(4, 4, 4))
     low, high = torch.tensor([[2.0, 4.0, 5.0]]), torch.tensor([[5.0, 12.0, 10.5]])
     grid = method._grid(low, high, size, flip, deepest)
-    found = interpolate(torch.stack(places)[None], grid, (2, 3, 4), "linear")
+    found = method._interpolated(torch.stack(places)[None], grid, (2, 3, 4))
     steps = [(torch.arange(m) + 0.5) / m for m in (2, 3, 4)]
     expected = [low[0, a] + (high - low)[0, a] * s for a, s in enumerate(steps)]
     torch.testing.assert_close(found[0], torch.stack(torch.meshgrid(*expected, indexing="ij")))
