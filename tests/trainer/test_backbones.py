@@ -15,10 +15,11 @@ from pix2rep import backbones, downstream, probe
 from pix2rep.config import completed, load
 from pix2rep.data.phantom_ct import write_ct_phantoms
 from pix2rep.methods import build_method
-from pix2rep.methods.base import Batch, Network
+from pix2rep.methods.base import Network
 from pix2rep.network_config import NETWORKS
 from pix2rep.networks import Segmenter, build_backbone
 from pix2rep.pretrain import run
+from pix2rep.synthetic import synthetic
 from pix2rep_kernels import native
 
 CHANNELS = {"basicunet": "4,4,8,8,8", "segresnet": "4,8,16", "swinunetr": "12,12,24,48,96,192"}
@@ -118,10 +119,7 @@ def test_a_step_of_every_method(name, dims, method):
     backbone = made(name, dims)
     parts = build_method(config, backbone)
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 1, *SIZE[dims], generator=generator)
-    regions = (images[:, 0] * 3).int()
-    boxes = torch.tensor([[1.0, 2, 3], [6, 12, 13]])[:, None].repeat(1, 2, 1)
-    batch = Batch(images, regions, torch.stack([images, images.flip(2)]), boxes.repeat(2, 1, 1, 1), torch.ones(2, dims), torch.tensor([0.1, 0.9]))
+    batch = synthetic(config, 2, parts.needs)
     backbone.train()
     loss, _ = parts.step(Network(parts, backbone), batch, generator)
     loss.backward()
