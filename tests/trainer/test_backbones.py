@@ -21,6 +21,7 @@ from pix2rep.networks import Segmenter, build_backbone
 from pix2rep.pretrain import run
 from pix2rep.synthetic import synthetic
 from pix2rep_kernels import native
+from sweep import FULL
 
 CHANNELS = {"basicunet": "4,4,8,8,8", "segresnet": "4,8,16", "swinunetr": "12,12,24,48,96,192"}
 LAST = {"basicunet": "final_conv", "dynunet": "output_block", "attentionunet": "model.2", "segresnet": "conv_final.2", "swinunetr": "out"}
@@ -33,6 +34,8 @@ both_dims = pytest.mark.parametrize("dims", [2, 3])
 def config_of(name, dims, *options):
     if name == "swinunetr":
         pytest.importorskip("einops")
+        if dims == 3 and not FULL:
+            pytest.skip("its windows of a volume take seconds each: make test-full")
     strides = {2: "2,2", 3: "[[1, 2, 2], [2, 2, 2]]"}[dims]
     own = [f"network.strides={strides}"] if "strides" in NETWORKS[name].options else []
     size = ["network.dims=3", "data.size=7,16,18"] if dims == 3 else ["data.size=12,17"]
