@@ -9,8 +9,8 @@ template <class T>
 struct EntropyKernels {
   // (entropy.2) of logits x [clusters][count], 0 wherever valid is 0.
   void (*entropy)(const T* x, int64_t ld, int64_t clusters, int64_t count, const T* valid, T* h);
-  // (entropy.3) in place of the logits, g being the gradient of h.
-  void (*gradient)(T* x, int64_t ld, int64_t clusters, int64_t count, const T* g);
+  // (entropy.3) in place of the logits, g being the gradient of h; e holds clusters * kJointStep values.
+  void (*gradient)(T* x, int64_t ld, int64_t clusters, int64_t count, const T* g, T* e);
 };
 
 PIX2REP_TABLES(
