@@ -61,7 +61,7 @@ Tensor backward(Tensor grad_h, Tensor logits, std::optional<Tensor> mask, bool c
   with_compute_type(in.type, [&](auto zero) {
     using T = decltype(zero);
     in.entropy<T>().backward(joint_source<T>(logits, "logits", in.one_axis()), data<T>(grad_h), TorchParallel{},
-                             gradient.sink<T>(channels_last, in.one_axis()));
+                             gradient.sink<T>("logits", channels_last, in.one_axis()));
   });
   return gradient.result;
 }

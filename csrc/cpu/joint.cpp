@@ -73,8 +73,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_sums, Tensor a, Tensor b, std::o
     with_compute_type(in.type, [&](auto zero) {
       using T = decltype(zero);
       std::optional<JointSink<T>> to_a, to_b;
-      if (need_a) to_a = grad_a->template sink<T>(channels_last_a, in.one_axis());
-      if (need_b) to_b = grad_b->template sink<T>(channels_last_b, in.one_axis());
+      if (need_a) to_a = grad_a->template sink<T>("a", channels_last_a, in.one_axis());
+      if (need_b) to_b = grad_b->template sink<T>("b", channels_last_b, in.one_axis());
       in.joint<T>().backward(joint_source<T>(a, "a", in.one_axis()), joint_source<T>(b, "b", in.one_axis()), data<T>(grad_sums), TorchParallel{},
                              to_a ? &*to_a : nullptr, to_b ? &*to_b : nullptr);
     });

@@ -78,8 +78,8 @@ struct JointGradient {
 
   JointGradient(const Tensor& like, bool channels_last) : result(in_place(new_gradient(like, shape_of(like), channels_last), channels_last)) {}
   template <class T>
-  JointSink<T> sink(bool channels_last, bool one) const {
-    return with_float_type(result.scalar_type(), "gradient", [&](auto zero) {
+  JointSink<T> sink(const char* name, bool channels_last, bool one) const {
+    return with_float_type(result.scalar_type(), name, [&](auto zero) {
       using S = decltype(zero);
       JointSink<T> map;
       map.data = reinterpret_cast<char*>(mutable_data<S>(result));
