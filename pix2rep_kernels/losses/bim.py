@@ -22,7 +22,7 @@ class BoundaryInfoMaxLoss(nn.Module):
         P    = (1/M) sum_p softmax(logits_1)_p softmax(logits_2)_p^T, made symmetric;  p, q its marginals
         T    = alpha I/K + (1 - alpha) P
         RR   = -sum_ij T_ij log(P_ij + eps) + lamda sum_ij P_ij [log(p_i + eps) + log(q_j + eps)]
-        H    = entropy of the softmax at a pixel;  I = (H - min H) / (max H - min H + 1e-6), min and max of an image, without gradient
+        H    = entropy of the softmax at a pixel (`entropy`);  I = (H - min H) / (max H - min H + 1e-6), min and max of an image, without gradient
         e    = mean over channels of sqrt(sum_axis (x - roll(x, 1, axis))^2), x the image;  J = ((e - min e) / (max e - min e + 1e-6))^power
         CC   = -mean_p lncc(I, J)_p, the mean over both maps
         loss = mean over the heads of information_weight RR + boundary_weight CC
