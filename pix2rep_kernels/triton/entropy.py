@@ -67,7 +67,7 @@ def entropy_backward_kernel(
     t, e, total = _powers(logits_ptr, at, k < K, counts)
     each = 1.0 / total
     scale = -LN2 * tl.load(grad_h_ptr + image * S + n, mask=counts, other=0.0) * each
-    grad = tl.where(counts[None, :], scale[None, :] * e * (t - (tl.sum(e * t, 0) * each)[None, :]), 0.0)
+    grad = scale[None, :] * e * (t - (tl.sum(e * t, 0) * each)[None, :])  # 0 where a pixel does not count: its t and dH are
     at = _places(image, n, x, y, z, k, grad_b, grad_k, grad_z, grad_y, grad_x, True, UNIT)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=(k < K)[:, None] & inside[None, :])
 
