@@ -139,7 +139,7 @@ ROWS = [
         eager_barlow, barlow_inputs, (4, 128), (1, 32), 2 * MAP, 2 * MAP,
     ),
     (
-        "bim", "K=40, 3 heads, 224x224", ["joint", "lncc"], lambda k, f, x: BoundaryInfoMaxLoss(backend=k)(f[0::2], f[1::2], x),
+        "bim", "K=40, 3 heads, 224x224", ["joint", "entropy", "lncc"], lambda k, f, x: BoundaryInfoMaxLoss(backend=k)(f[0::2], f[1::2], x),
         eager_bim, bim_inputs, (4, 224), (1, 56), 6 * 40 * 224 * 224, 6 * 40 * 224 * 224,
     ),
     (

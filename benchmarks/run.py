@@ -1,4 +1,4 @@
-"""Every measurement: `python -m benchmarks.run [op ...]`; ops are the seven words and `losses`, by default all.
+"""Every measurement: `python -m benchmarks.run [op ...]`; ops are the eight words and `losses`, by default all.
 
 Forward, backward and both of one training step: median and interquartile range after warm-up, ours and the peers in turns. Peak memory beyond the inputs,
 gradients counted (CPU: a fresh process; CUDA: the allocator). Error of value and gradients against float64 beside eager's own; a size whose error is above
@@ -27,7 +27,7 @@ from pix2rep_kernels.testing import backends, tolerance
 PASSES = ("forward", "backward", "both")
 FREE = 0.8  # of the free memory a peer may take
 UNLIKE = {2: 5e-2, 4: 1e-3, 8: 1e-6}  # bytes of the dtype -> error above which a peer computes something else
-FIGURES = ("infonce", "crosscorr", "warp", "joint", "lncc", "pool", "align", "losses")
+FIGURES = ("infonce", "crosscorr", "warp", "joint", "lncc", "pool", "align", "entropy", "losses")
 MEMORY = """
 from benchmarks.run import prepared, take
 def prepare():

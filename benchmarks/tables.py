@@ -21,7 +21,7 @@ MARKED = re.compile(r"(<!-- results: (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re
 EAGER = {
     "warp": "`affine_grid`, `grid_sample`, index, `normalize`", "infonce": "matmul, cross-entropy", "crosscorr": "two `batch_norm`, matmul",
     "joint": "softmax, `einsum`, `avg_pool` or `conv2d`", "lncc": "box sums by `conv` or `avg_pool`", "pool": "`scatter_add`, `index_add` or one-hot",
-    "align": "two `grid_sample`, products", "losses": "each by its official formula",
+    "align": "two `grid_sample`, products", "entropy": "softmax, `log`, product, sum", "losses": "each by its official formula",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pix2rep_kernels.losses.pgl import PriorGuidedLocalLoss, box_grid
 from pix2rep_kernels.losses.pix2rep import Pix2RepLoss
 from pix2rep_kernels.ops.align import align
 from pix2rep_kernels.ops.crosscorr import crosscorr
+from pix2rep_kernels.ops.entropy import entropy
 from pix2rep_kernels.ops.infonce import infonce
 from pix2rep_kernels.ops.joint import joint
 from pix2rep_kernels.ops.lncc import lncc
@@ -16,6 +17,6 @@ from pix2rep_kernels.superpixels import felzenszwalb
 
 __version__ = "0.1.0"
 __all__ = [
-    "BoundaryInfoMaxLoss", "LocalRegionContrastLoss", "Pix2RepLoss", "PriorGuidedLocalLoss", "align", "box_grid", "crosscorr", "felzenszwalb", "infonce",
-    "joint", "lncc", "pool", "warp", "why_not",
+    "BoundaryInfoMaxLoss", "LocalRegionContrastLoss", "Pix2RepLoss", "PriorGuidedLocalLoss", "align", "box_grid", "crosscorr", "entropy", "felzenszwalb",
+    "infonce", "joint", "lncc", "pool", "warp", "why_not",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from pix2rep_kernels.check import expect_choice
 
 log = logging.getLogger("pix2rep_kernels")
 
-OPS = ("warp", "infonce", "crosscorr", "joint", "lncc", "pool", "align")
+OPS = ("warp", "infonce", "crosscorr", "joint", "lncc", "pool", "align", "entropy")
 HOMES: dict[str, str] = {}  # op -> package whose folders hold it, filled by `register`
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
@@ -28,7 +28,7 @@ AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference
 
 # (op, backend) that does not exist, and why. Everything else does: `tests/test_names.py` holds it.
 _TRITON_SERVES = "the Triton kernel serves CUDA tensors; C++ would have to beat it in a measurement first"
-ABSENT = {(op, "cuda"): _TRITON_SERVES for op in ("joint", "lncc", "align")}
+ABSENT = {(op, "cuda"): _TRITON_SERVES for op in ("joint", "lncc", "align", "entropy")}
 
 
 def interpreted() -> bool:

@@ -28,8 +28,9 @@ def arguments(op):
         "lncc": (maps[0].sigmoid(), maps[1].sigmoid(), 5, 1e-5),
         "pool": (maps[0], labels, 5),
         "align": (*maps, theta, theta.flip(0).contiguous(), [4, 5], "linear", False, "border"),
+        "entropy": (maps[0], torch.arange(180, device="cuda").view(2, 9, 10) % 3 > 0),
     }[op]
-    count = 1 if op in ("warp", "pool") else 2
+    count = 1 if op in ("warp", "pool", "entropy") else 2
     return [t.requires_grad_() if i < count else t for i, t in enumerate(found)], count
 
 

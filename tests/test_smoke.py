@@ -13,7 +13,7 @@ def affine(shift):
     return torch.tensor([[1.0, 0.1, shift], [-0.1, 0.9, 0.05]]).repeat(2, 1, 1)
 
 
-warp, infonce, crosscorr, joint, lncc, pool, align = (placed(getattr(p2r, op)) for op in OPS)
+warp, infonce, crosscorr, joint, lncc, pool, align, entropy = (placed(getattr(p2r, op)) for op in OPS)
 
 # op -> [name of each tensor that wants a gradient, shape], the call
 PROBLEMS = {
@@ -24,6 +24,7 @@ PROBLEMS = {
     "lncc": ([(2, 1, 7, 8), (2, 1, 7, 8)], lncc),
     "pool": ([(2, 3, 5, 6)], lambda x, **o: pool(x, torch.arange(60).view(2, 5, 6) % 5 - 1, regions=5, **o)[0]),
     "align": ([(2, 3, 5, 6), (2, 3, 5, 6)], lambda a, b, **o: torch.stack(align(a, b, affine(0.1), affine(-0.1), size=(4, 4), **o)[:3])),
+    "entropy": ([(2, 3, 5, 6)], entropy),
 }
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers import CROSS_ONLY, eager
-from pix2rep_kernels import align, crosscorr, infonce, joint, lncc, pool, warp
+from pix2rep_kernels import align, crosscorr, entropy, infonce, joint, lncc, pool, warp
 
 TEMPERATURE = 0.1
 LIMIT_BYTES = 100e9  # above this eager is not tried
@@ -157,7 +157,7 @@ def _weighted(rows: Tensor) -> Tensor:
 
 
 def map_cases(small: bool) -> list[Case]:
-    """joint, lncc, pool, align at the papers' sizes, float32 as their mixed-precision code runs them (bfloat16 features for pool and align)."""
+    """joint, entropy, lncc, pool, align at the papers' sizes, float32 as their mixed-precision code runs them (bfloat16 features for pool and align)."""
     edge = 8 if small else 224
     batch = 2 if small else 18
 
@@ -167,6 +167,13 @@ def map_cases(small: bool) -> list[Case]:
     def plain_joint(a, b):
         p = torch.einsum("bkp,blp->kl", a.flatten(2).softmax(1), b.flatten(2).softmax(1))
         return ((p + p.T) / (2 * p.sum())).square().sum()
+
+    def one_map(device):
+        return logits(device)[:1]
+
+    def plain_entropy(a):
+        p = a.softmax(1)
+        return (p * p.log()).sum(1).square().mean()
 
     def maps(device):
         return [torch.rand(batch, 1, edge, edge, device=device, requires_grad=True), torch.rand(batch, 1, edge, edge, device=device)]
@@ -213,6 +220,7 @@ def map_cases(small: bool) -> list[Case]:
 
     rows = [
         ("joint", torch.float32, logits, lambda backend, a, b: joint(a, b, backend=backend).square().sum(), plain_joint, 3),
+        ("entropy", torch.float32, one_map, lambda backend, a: entropy(a, backend=backend).square().mean(), plain_entropy, 3),
         ("lncc", torch.float32, maps, lambda backend, i, j: lncc(i, j, backend=backend).mean(), plain_lncc, 3.5),
         ("pool", torch.bfloat16, regions, lambda backend, f, labels: _weighted(pool(f, labels, regions=256, backend=backend)[0]), plain_pool, 2),
         ("align", torch.float32, volumes,

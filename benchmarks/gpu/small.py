@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from pix2rep_kernels import align, crosscorr, infonce, joint, lncc, pool, warp
+from pix2rep_kernels import align, crosscorr, entropy, infonce, joint, lncc, pool, warp
 from pix2rep_kernels.ops.warp import MODES
 from pix2rep_kernels.testing import home
 
@@ -36,6 +36,7 @@ def calls(device: str) -> dict:
         "lncc": [lambda k: lncc(first, first.roll(1, 2), window=5, backend=k), lambda k: lncc(volume, volume.roll(1, 3), window=3, backend=k)],
         "pool": [lambda k, f=f: pool(f, labels, regions=6, backend=k)[0] for f in (first, last(first))],
         "align": [lambda k: sum(align(first, last(first), theta, theta, backend=k)[:3]), lambda k: align(volume, volume, turned, turned, backend=k)[0]],
+        "entropy": [lambda k, f=f: entropy(f, mask=mask, backend=k) for f in (first, last(first))] + [lambda k: entropy(volume, backend=k)],
     }  # fmt: skip
 
 

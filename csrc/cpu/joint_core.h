@@ -118,6 +118,24 @@ struct Joint {
     return held == count;
   }
 
+  static int64_t round_up(int64_t count) { return (count + kJointStep - 1) / kJointStep * kJointStep; }
+
+  // f(begin, end) over chunks of `count` tiles.
+  template <class Parallel, class F>
+  void over(int64_t count, const Parallel& parallel, const F& f) const {
+    const int64_t chunks = std::clamp<int64_t>(count * width() / kChunkPixels, 1, 4 * kMaxChunks);
+    parallel(chunks, [&](int64_t chunk) { f(count * chunk / chunks, count * (chunk + 1) / chunks); });
+  }
+
+  // A gradient of positions [at, at + pixels), exactly 0 where they do not count, to where it belongs.
+  void write(T* gradient, const T* valid, bool all, int64_t image, int64_t at, int64_t pixels, const JointSink<T>& out) const {
+    if (!all) kernels.keep(gradient, ld(), clusters, pixels, valid);
+    line.runs(at, std::min(at + pixels, line.length), [&](int64_t z, int64_t y, int64_t x, int64_t position, int64_t run) {
+      char* to = out.data + image * out.batch_stride + z * out.stride[0] + y * out.stride[1] + x * out.stride[2];
+      out.run(to, out.channel_stride, out.stride[2], clusters, run, gradient + position - at, ld());
+    });
+  }
+
   // Images whose scratch is filled at a time; without a radius there is none.
   int64_t group() const {
     if (radius == 0) return std::max<int64_t>(batch, 1);
@@ -233,22 +251,9 @@ struct Joint {
   }
 
  private:
-  static int64_t round_up(int64_t count) { return (count + kJointStep - 1) / kJointStep * kJointStep; }
-
-  // f(begin, end) over chunks of `count` tiles.
-  template <class Parallel, class F>
-  void over(int64_t count, const Parallel& parallel, const F& f) const {
-    const int64_t chunks = std::clamp<int64_t>(count * width() / kChunkPixels, 1, 4 * kMaxChunks);
-    parallel(chunks, [&](int64_t chunk) { f(count * chunk / chunks, count * (chunk + 1) / chunks); });
-  }
-
   void finish(T* gradient, const T* probabilities, const T* valid, bool all, int64_t image, int64_t at, int64_t pixels, const JointSink<T>& out) const {
     if (logits) kernels.softmax_gradient(probabilities, ld(), gradient, ld(), clusters, pixels);
-    if (!all) kernels.keep(gradient, ld(), clusters, pixels, valid);
-    line.runs(at, std::min(at + pixels, line.length), [&](int64_t z, int64_t y, int64_t x, int64_t position, int64_t run) {
-      char* to = out.data + image * out.batch_stride + z * out.stride[0] + y * out.stride[1] + x * out.stride[2];
-      out.run(to, out.channel_stride, out.stride[2], clusters, run, gradient + position - at, ld());
-    });
+    write(gradient, valid, all, image, at, pixels, out);
   }
 
   template <class Parallel>

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_float
 from pix2rep_kernels.dispatch import CHOICES
 from pix2rep_kernels.losses.common import checked_mask, compute_dtype, expect_finite, expect_like, expect_map, flag, number, weight, whole
+from pix2rep_kernels.ops.entropy import entropy
 from pix2rep_kernels.ops.joint import joint
 from pix2rep_kernels.ops.lncc import lncc
 
@@ -21,7 +22,7 @@ class BoundaryInfoMaxLoss(nn.Module):
         P    = (1/M) sum_p softmax(logits_1)_p softmax(logits_2)_p^T, made symmetric;  p, q its marginals
         T    = alpha I/K + (1 - alpha) P
         RR   = -sum_ij T_ij log(P_ij + eps) + lamda sum_ij P_ij [log(p_i + eps) + log(q_j + eps)]
-        H    = entropy of the softmax at a pixel;  I = (H - min H) / (max H - min H + 1e-6), min and max of an image, without gradient
+        H    = entropy of the softmax at a pixel (`entropy`);  I = (H - min H) / (max H - min H + 1e-6), min and max of an image, without gradient
         e    = mean over channels of sqrt(sum_axis (x - roll(x, 1, axis))^2), x the image;  J = ((e - min e) / (max e - min e + 1e-6))^power
         CC   = -mean_p lncc(I, J)_p, the mean over both maps
         loss = mean over the heads of information_weight RR + boundary_weight CC
@@ -136,7 +137,7 @@ class BoundaryInfoMaxLoss(nn.Module):
         return (self.lamda * p * (logs[0] + logs[1]) - target * log_p).sum((-2, -1)).mean()
 
     def _boundary(self, logits, edges, mask) -> Tensor:
-        uncertainty = unit_range(Entropy.apply(logits, mask), mask)
+        uncertainty = unit_range(entropy(logits, mask=mask, backend=self.backend), mask)
         cc = lncc(uncertainty, edges, window=self.window, backend=self.backend)
         if mask is None:
             return -cc.mean()
@@ -213,28 +214,3 @@ def unit_range(x: Tensor, mask: Tensor | None = None) -> Tensor:
     low = torch.where(counts, given, torch.inf).amin(axes, keepdim=True)
     high = torch.where(counts, given, -torch.inf).amax(axes, keepdim=True)
     return torch.where(counts, (x - low) / (high - low + 1e-6), 0)
-
-
-class Entropy(torch.autograd.Function):
-    """H_p = -sum_k c_k log(c_k + 1e-16), c = softmax(logits_p): [B, K, *S] -> [B, 1, *S], 0 outside mask [B, *S].
-
-    dlogits_k = -dH c_k (log c_k + H): softmax is made again in the backward pass, no probabilities are kept.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, mask):
-        c = logits.to(compute_dtype(logits)).softmax(1)
-        entropy = (c + 1e-16).log_().mul_(c).sum(1, keepdim=True).neg_()
-        if mask is not None:
-            entropy = torch.where(mask.unsqueeze(1), entropy, 0)
-        ctx.save_for_backward(logits, mask, entropy)
-        return entropy
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, mask, entropy = ctx.saved_tensors
-        c = logits.to(entropy.dtype).softmax(1)
-        gradient = (c + 1e-16).log_().add_(entropy).mul_(c).mul_(-grad)
-        if mask is not None:
-            gradient = torch.where(mask.unsqueeze(1), gradient, 0)
-        return gradient.to(logits.dtype), None
