@@ -55,7 +55,7 @@ class Pix2Rep(Method):
         return self.call(self.head, features) if projected else features
 
     def _rows(self, rows: Tensor) -> Tensor:
-        """The head on rows [P, C] -> [P, D], as a map of one image: a line along the last axis, which oneDNN is five times as fast with as with the first."""
+        """The head on rows [P, C] -> [P, D], as a map of one image: a line along the last axis, as oneDNN takes far longer over one along the first."""
         ones = (1,) * (self.config.network.dims - 1)
         return self.call(self.head, rows.T.reshape(1, rows.shape[1], *ones, -1)).flatten(1).view(-1, len(rows)).T
 
