@@ -79,51 +79,6 @@ def test_a_part_that_comes_twice_is_one_row():
     assert loss_bytes(stamps) == 70 - (5 + 25)  # networks and views hold 30 then
 
 
-METHODS = {
-    "bim": "bim.heads=2 bim.clusters=4 bim.encoder_weight=1",
-    "lrc": "lrc.queue=8 lrc.global_hidden=8 lrc.global_projection=8 lrc.max_regions=32",
-    "pgl": "network.dims=3 data.size=32,32,32 pgl.head_hidden=8 pgl.projection=8 pgl.global_weight=1",
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_methods_step_is_the_trainers(method):
-    """Marked or not, the same weights; every part of the step is there, backward as often in the loss and the networks as they alternate."""
-    made = profiled(f"loss.method={method}", *METHODS[method].split(), batch=2)
-    parts = made.memory("ours")
-    assert tuple(parts) == (NO_AVERAGE if method == "bim" else (*NO_AVERAGE, "moving average"))
-    assert abs(sum(part.added for part in parts.values())) <= 16 + (512 if method == "lrc" else 0)  # lrc: keys of the queue
-    assert all(seconds > 0 for seconds in made.seconds("ours").values())
-    plain = Training(made.config, CPU, source=None)
-    for step in range(3):
-        plain.step(step, repeat(synthetic(made.config, 2, plain.method.needs)), monitor=False)
-    for module in ("backbone", "method"):
-        mine, theirs = (getattr(training, module).state_dict() for training in (made.training, plain))
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-
-
-def test_backward_of_the_loss_is_told_from_that_of_the_networks():
-    """A sleeping loss, and then a sleeping head, show where they slept."""
-    for who, part in (("loss", "loss backward"), ("head", "networks backward")):
-        made = profiled("loss.method=bim", "bim.heads=1", "bim.clusters=4", batch=2)
-        method = made.training.method
-        module = method.loss if who == "loss" else method.heads[0]
-        module.register_forward_hook(lambda _, given, out: Sleepy.apply(out))
-        seconds = made.seconds("ours")
-        assert seconds.pop(part) > 0.2 > max(seconds.values())
-
-
-class Sleepy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        time.sleep(0.2)
-        return grad
-
-
 def test_what_a_gpu_holds_beside_the_tensors_is_named(monkeypatch):
     made = profiled()
     known = sum(made.standing().values())
