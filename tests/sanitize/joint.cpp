@@ -1,6 +1,7 @@
 // joint on raw memory against loops over pixels and displacements in double: (joint.1-3), (joint.6-7) with and without a mask, logits, collapse, 2D and 3D.
 #include "cpu/joint_core.h"
 #include "harness.h"
+#include "maps.h"
 
 using namespace pix2rep;
 using namespace sanitize;
@@ -13,24 +14,6 @@ struct Shape {
   int64_t pixels() const { return size[0] * size[1] * size[2]; }
   int64_t count() const { return batch * clusters * pixels(); }
 };
-
-template <class T, class Pointer>
-void copy(Pointer at, int64_t channel_stride, int64_t pixel_stride, int64_t channels, int64_t count, T* planes, int64_t ld) {
-  for (int64_t k = 0; k < channels; ++k)
-    for (int64_t i = 0; i < count; ++i) {
-      if constexpr (std::is_same_v<Pointer, char*>)
-        *reinterpret_cast<T*>(at + k * channel_stride + i * pixel_stride) = planes[k * ld + i];
-      else
-        planes[k * ld + i] = *reinterpret_cast<const T*>(at + k * channel_stride + i * pixel_stride);
-    }
-}
-
-template <class T, class Pointer>
-JointMap<T, Pointer> map_of(const Exact<T>& values, const Shape& s, bool last) {
-  const int64_t bytes = sizeof(T), pixel = (last ? s.clusters : 1) * bytes;
-  return {reinterpret_cast<Pointer>(values.get()), s.clusters * s.pixels() * bytes, (last ? 1 : s.pixels()) * bytes,
-          {s.size[1] * s.size[2] * pixel, s.size[2] * pixel, pixel}, copy<T, Pointer>};
-}
 
 template <class T>
 void compare(const Shape& s, int64_t radius, bool collapsed, bool logits, bool masked, bool last, uint64_t seed) {
