@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from small import Small
 from torch import nn
 
-from pix2rep.config import ConfigError, PretrainConfig, load
+from pix2rep.config import ConfigError, NetworkConfig, PretrainConfig, load
 from pix2rep.data.cache import prepare
 from pix2rep.data.discover import discover
 from pix2rep.data.phantom import write_phantoms
@@ -52,24 +53,8 @@ def batch(source):
     return Batch(source.batch(indices)[0], depths=source.depths(indices))
 
 
-class Small(nn.Module):
-    """A backbone with a bottleneck, in any dimension."""
-
-    def __init__(self, dims):
-        super().__init__()
-        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
-        self.first, self.last = nn.Sequential(conv(1, 4, 3, padding=1), norm(4), nn.Tanh()), nn.Sequential(conv(8, 6, 3, padding=1), norm(6), nn.Tanh())
-        self.out_channels, self.encoder_channels = 6, (4, 4)
-
-    def encode(self, x):
-        fine = self.first(x)
-        return [fine, fine[..., ::2, ::2] ** 2]
-
-    def decode(self, maps, size):
-        return self.last(torch.cat([maps[0], F.interpolate(maps[1], size)], 1))
-
-    def forward(self, x):
-        return self.decode(self.encode(x), x.shape[2:])
+def small(dims):
+    return Small(NetworkConfig(dims=dims, features=6))
 
 
 def written_out(config, backbone, heads, encoder_head, view_1, view_2, theta, depths):
@@ -135,7 +120,7 @@ def local_correlation(i, j, window):
 def test_bim_step_is_the_formulas(dims, extra):
     torch.manual_seed(0)
     config = load(None, [*TINY, *extra])
-    backbone = Small(dims)
+    backbone = small(dims)
     method = build_method(config, backbone)
     size = (12, 14) if dims == 2 else config.data.size
     depths = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7]) if dims == 2 else None  # parts 0 2 1 0 2
@@ -178,9 +163,9 @@ def test_bim_transforms_features_as_images():
 def test_bim_views_share_a_crop_and_differ_in_colour():
     still = [*TINY, *"bim.rotation=0 bim.scale=1,1 bim.translation=0 bim.mirror=0 bim.gamma=1,1".split()]
     images = torch.rand(4, 1, 16, 16)
-    view_1, view_2, _ = build_method(load(None, [*still, "bim.jitter=1,1"]), Small(2)).views(images, torch.Generator().manual_seed(0))
+    view_1, view_2, _ = build_method(load(None, [*still, "bim.jitter=1,1"]), small(2)).views(images, torch.Generator().manual_seed(0))
     assert torch.equal(view_1, view_2) and not torch.equal(view_1, images)
-    view_1, view_2, _ = build_method(load(None, still), Small(2)).views(images, torch.Generator().manual_seed(0))
+    view_1, view_2, _ = build_method(load(None, still), small(2)).views(images, torch.Generator().manual_seed(0))
     assert not any(torch.equal(a, b) for a, b in zip(view_1, view_2, strict=True))
     assert min(view_1.min(), view_2.min()) >= 0 and max(view_1.max(), view_2.max()) <= 1
 
@@ -188,7 +173,7 @@ def test_bim_views_share_a_crop_and_differ_in_colour():
 @pytest.mark.parametrize("dims", [2, 3])
 def test_bim_transform_is_in_its_ranges(dims):
     size = [f"network.dims={dims}", "data.size=" + ",".join(["8"] * dims)]
-    method = build_method(load(None, [*TINY, *size]), Small(dims))
+    method = build_method(load(None, [*TINY, *size]), small(dims))
     theta = method.views(torch.rand(400, 1, *[8] * dims), torch.Generator().manual_seed(0))[2]
     linear = theta[:, :, :dims]
     zoom = torch.linalg.det(linear).abs() ** (-1 / dims)
@@ -206,7 +191,7 @@ def test_bim_transform_is_in_its_ranges(dims):
 def test_bim_turns_volumes_in_mm():
     """What T and the crop do to distances in mm is one factor: no shear, whatever the voxels."""
     size, spacing = (6, 10, 16), torch.tensor([[5.0, 1.0, 2.0], [1.0, 1.0, 1.0]]).repeat(20, 1)
-    method = build_method(load(None, [*TINY, "network.dims=3", "data.size=6,10,16", "bim.mirror=0"]), Small(3))
+    method = build_method(load(None, [*TINY, "network.dims=3", "data.size=6,10,16", "bim.mirror=0"]), small(3))
     assert method.needs == {"spacing"}
     seen = []
     crop = method.crop
@@ -217,22 +202,22 @@ def test_bim_turns_volumes_in_mm():
     square = linear @ linear.transpose(1, 2)
     torch.testing.assert_close(square, square[:, :1, :1] * torch.eye(3), atol=1e-5, rtol=0)
     assert (linear - linear * torch.eye(3)).abs().amax((1, 2)).min() > 1e-3
-    method.step(Small(3), Batch(torch.rand(2, 1, *size), spacing=spacing[:2]), torch.Generator().manual_seed(0))
+    method.step(small(3), Batch(torch.rand(2, 1, *size), spacing=spacing[:2]), torch.Generator().manual_seed(0))
     assert torch.equal(seen[0], spacing) and torch.equal(seen[1], spacing[:2])
 
 
 def test_cluster_heads():
-    layers = build_method(load(None, [*TINY, "bim.head=mlp", "bim.head_hidden=7"]), Small(2)).heads[0]
+    layers = build_method(load(None, [*TINY, "bim.head=mlp", "bim.head_hidden=7"]), small(2)).heads[0]
     assert [type(layer) for layer in layers] == [nn.Conv2d, nn.LeakyReLU, nn.Conv2d] and layers[1].negative_slope == 0.01
     assert layers[0].weight.shape == (7, 6, 1, 1) and layers[2].weight.shape == (5, 7, 1, 1)
-    assert [type(head) for head in build_method(load(None, TINY), Small(2)).heads] == [nn.Conv2d] * 2
+    assert [type(head) for head in build_method(load(None, TINY), small(2)).heads] == [nn.Conv2d] * 2
 
 
 def test_bim_leaves_out_what_came_from_outside():
     """Changing the bias of a head changes where the features are 0 only: with outside=drop these count no more."""
     away = [*TINY, "bim.translation=0.9", "bim.rotation=0", "bim.mirror=0", "bim.boundary_weight=0"]
     torch.manual_seed(0)
-    backbone = Small(2)
+    backbone = small(2)
     losses = {}
     for outside in ("keep", "drop"):
         torch.manual_seed(1)

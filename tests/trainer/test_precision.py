@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from small import Small
 
 from pix2rep.config import load
 from pix2rep.methods import build_method
@@ -21,7 +21,7 @@ if reason := native.why_missing("cpu"):
 
 CPU = torch.device("cpu")
 TINY = (
-    f"network.name={__name__}:Small network.features=6 network.head_hidden=8 network.projection=8 loss.num_samples=64 bim.heads=2 bim.clusters=5"
+    "network.name=small:Small network.features=6 network.head_hidden=8 network.projection=8 loss.num_samples=64 bim.heads=2 bim.clusters=5"
     " bim.encoder_weight=1 bim.encoder_hidden=8 bim.encoder_projection=8 lrc.queue=6 lrc.global_hidden=8 lrc.global_projection=6 lrc.min_pixels=3"
     " pgl.head_hidden=8 pgl.projection=6 pretrain.batch_size=4 pretrain.device=cpu pretrain.threads=1 pretrain.schedule=constant pretrain.warmup=0"
 ).split()
@@ -38,27 +38,6 @@ CASES = {
 }
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 2.0**8  # of the loss, as GradScaler's: small gradients are no fp16 numbers
-
-
-class Small(nn.Module):
-    """Two levels, the coarser at half the resolution."""
-
-    def __init__(self, config):
-        super().__init__()
-        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if config.dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
-        self.first = nn.Sequential(conv(1, 4, 3, padding=1), norm(4), nn.Tanh(), conv(4, 4, 3, padding=1))
-        self.last = nn.Sequential(conv(8, config.features, 3, padding=1), norm(config.features), nn.Tanh())
-        self.out_channels, self.encoder_channels = config.features, (4, 4)
-
-    def encode(self, x):
-        fine = self.first(x)
-        return [fine, fine[..., ::2, ::2] ** 2]
-
-    def decode(self, maps, size):
-        return self.last(torch.cat([maps[0], F.interpolate(maps[1], size)], 1))
-
-    def forward(self, x):
-        return self.decode(self.encode(x), x.shape[2:])
 
 
 def batch_of(config) -> Batch:
