@@ -2,7 +2,7 @@
 
 `python -m benchmarks.step [--json FILE] [--large] [--resident]`; the step and its parts are those of `pix2rep profile`. InfoNCE over all
 pixels of a full batch compares 147,456 or 262,144 rows with each other: minutes on two cores, so it runs at batch 2 unless --large is given,
-beside 1000 samples at that batch.
+beside 1000 samples at that batch; that of volumes (589,824 rows) is left to GPUs.
 """
 
 import argparse
@@ -27,6 +27,7 @@ NETWORKS = {
     "BasicUNet 16x96x96": load(None, ["network.dims=3", "data.size=16,96,96", "spatial.flip=[]", "pretrain.batch_size=2", *UNET]),
 }
 SAMPLES = (1000, 4096, None)
+VOLUMES = [("infonce", 1000), ("infonce", 4096), ("barlow", 2**17), ("barlow", None)]
 SMALL = 2  # images of an all-pixel InfoNCE
 METHODS = {  # beside pix2rep's objectives: by dimensions, (method, samples): of lrc a region's, null: all
     2: [("bim", None), ("lrc", 50), ("lrc", None), ("simclr", None)],
@@ -44,8 +45,9 @@ def batches(full: int, large: bool) -> dict[int, list[tuple[str, int | None]]]:
 def cases(name: str, large: bool) -> Iterator[tuple[int, str, int | None]]:
     """(batch, objective or method, num_samples) of a network."""
     config = NETWORKS[name]
-    for batch, found in batches(config.pretrain.batch_size, large).items():
-        yield from ((batch, *case) for case in found)
+    found = batches(config.pretrain.batch_size, large) if config.network.dims == 2 else {config.pretrain.batch_size: VOLUMES}
+    for batch, own in found.items():
+        yield from ((batch, *case) for case in own)
     if not name.startswith("demo"):
         yield from ((config.pretrain.batch_size, *case) for case in METHODS[config.network.dims])
 
