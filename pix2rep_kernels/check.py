@@ -49,6 +49,17 @@ def expect_device(tensor, argument: str, like, like_name: str) -> None:
         expect(False, argument, f"be on {like.device} as `{like_name}` is", tensor.device)
 
 
+def checked_mask(mask, features: torch.Tensor, name: str) -> torch.Tensor:
+    """`mask` as [B, *S]. Raises unless it is bool, [B, *S] or [B, 1, *S], on the device of the map `features` (called `name`)."""
+    expect_dtype(mask, "mask", torch.bool)
+    batch, _, *size = features.shape
+    mask = mask.squeeze(1) if mask.ndim == features.ndim and mask.shape[1] == 1 else mask
+    if list(mask.shape) != [batch, *size]:
+        expect(False, "mask", f"have shape {(batch, 1, *size)} or {(batch, *size)}", tuple(mask.shape))
+    expect_device(mask, "mask", features, name)
+    return mask
+
+
 def expect_choice(value: object, argument: str, choices: tuple) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:  # asked at every call of an op: the sentence is made when it is needed

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_float
+from pix2rep_kernels.check import checked_mask, expect, expect_choice, expect_device, expect_float
 from pix2rep_kernels.dispatch import CHOICES
-from pix2rep_kernels.losses.common import checked_mask, compute_dtype, expect_finite, expect_like, expect_map, flag, number, weight, whole
+from pix2rep_kernels.losses.common import compute_dtype, expect_finite, expect_like, expect_map, flag, number, weight, whole
 from pix2rep_kernels.ops.entropy import entropy
 from pix2rep_kernels.ops.joint import joint
 from pix2rep_kernels.ops.lncc import lncc

@@ -5,7 +5,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from pix2rep_kernels.check import expect, expect_device, expect_dtype, expect_float
+from pix2rep_kernels.check import expect, expect_device, expect_float
 
 
 def number(value: object, argument: str) -> float:
@@ -56,17 +56,6 @@ def expect_like(features, argument: str, like: Tensor, like_name: str, *, same_s
     if features.dtype != like.dtype:
         raise TypeError(f"`{argument}` must be {like.dtype} as `{like_name}` is, got {features.dtype}")
     expect_device(features, argument, like, like_name)
-
-
-def checked_mask(mask, features: Tensor, name: str) -> Tensor:
-    """`mask` as [B, *S]. Raises unless it is bool, [B, *S] or [B, 1, *S], on the device of the map `features` (called `name`)."""
-    expect_dtype(mask, "mask", torch.bool)
-    batch, _, *size = features.shape
-    mask = mask.squeeze(1) if mask.ndim == features.ndim and mask.shape[1] == 1 else mask
-    if list(mask.shape) != [batch, *size]:
-        expect(False, "mask", f"have shape {(batch, *size)} or {(batch, 1, *size)}", tuple(mask.shape))
-    expect_device(mask, "mask", features, name)
-    return mask
 
 
 def expect_finite(tensor: Tensor, argument: str) -> None:

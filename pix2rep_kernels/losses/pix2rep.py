@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pix2rep_kernels import distributed
-from pix2rep_kernels.check import expect, expect_choice, expect_device, expect_dtype, expect_temperature, expect_tensor
+from pix2rep_kernels.check import checked_mask, expect, expect_choice, expect_device, expect_dtype, expect_temperature, expect_tensor
 from pix2rep_kernels.dispatch import CHOICES
-from pix2rep_kernels.losses.common import checked_mask, compute_dtype, expect_finite, expect_like, expect_map, flag, weight
+from pix2rep_kernels.losses.common import compute_dtype, expect_finite, expect_like, expect_map, flag, weight
 from pix2rep_kernels.ops.crosscorr import correlation, moments
 from pix2rep_kernels.ops.infonce import infonce
 from pix2rep_kernels.ops.warp import MODES, warp

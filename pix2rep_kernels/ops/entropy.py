@@ -19,7 +19,7 @@ Source: boundary-aware information maximisation, arXiv 2202.02371 (the boundary 
 import torch
 from torch import Tensor
 
-from pix2rep_kernels.check import expect, expect_device, expect_dtype, expect_float
+from pix2rep_kernels.check import checked_mask, expect, expect_float
 from pix2rep_kernels.layout import is_channels_last, new_empty
 from pix2rep_kernels.register import register
 
@@ -62,14 +62,7 @@ def _check(logits, mask) -> Tensor | None:
     expect_float(logits, "logits")
     if logits.ndim not in (4, 5) or logits.shape[1] == 0:
         expect(False, "logits", "have shape [B, K, H, W] or [B, K, D, H, W] with K >= 1", tuple(logits.shape))
-    if mask is None:
-        return None
-    expect_dtype(mask, "mask", torch.bool)
-    mask = mask.squeeze(1) if mask.ndim == logits.ndim and mask.shape[1] == 1 else mask
-    if mask.shape != logits.shape[:1] + logits.shape[2:]:
-        expect(False, "mask", f"have shape {(logits.shape[0], 1, *logits.shape[2:])} or {(logits.shape[0], *logits.shape[2:])}", tuple(mask.shape))
-    expect_device(mask, "mask", logits, "logits")
-    return mask
+    return None if mask is None else checked_mask(mask, logits, "logits")
 
 
 def _fake(logits, mask, backend):

@@ -21,7 +21,7 @@ Sources: IIC, Ji et al. 2019; boundary-aware information maximisation, arXiv 220
 import torch
 from torch import Tensor
 
-from pix2rep_kernels.check import expect, expect_device, expect_dtype, expect_float
+from pix2rep_kernels.check import checked_mask, expect, expect_device, expect_float
 from pix2rep_kernels.layout import is_channels_last, new_empty
 from pix2rep_kernels.register import register
 
@@ -96,14 +96,7 @@ def _check(a, b, radius, mask) -> Tensor | None:
     if isinstance(radius, bool) or not isinstance(radius, int):
         raise TypeError(f"`radius` must be an int, got {radius!r}")
     expect(radius >= 0, "radius", "be >= 0", radius)
-    if mask is None:
-        return None
-    expect_dtype(mask, "mask", torch.bool)
-    mask = mask.squeeze(1) if mask.ndim == a.ndim and mask.shape[1] == 1 else mask
-    if mask.shape != a.shape[:1] + a.shape[2:]:
-        expect(False, "mask", f"have shape {(a.shape[0], 1, *a.shape[2:])} or {(a.shape[0], *a.shape[2:])}", tuple(mask.shape))
-    expect_device(mask, "mask", a, "a")
-    return mask
+    return None if mask is None else checked_mask(mask, a, "a")
 
 
 def compute_dtype(a: Tensor, b: Tensor) -> torch.dtype:
