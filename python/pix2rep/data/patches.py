@@ -3,22 +3,21 @@
 A volume shorter than the patch along an axis counts as padded by zeros at both ends (`crop_or_pad`'s way): there is one position then.
 """
 
-import copy
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from pix2rep.config import Config
 from pix2rep.data.cache import Prepared
-from pix2rep.data.slices import SliceSource
+from pix2rep.data.slices import MovingSource, SliceSource
 from pix2rep.data.squares import SquareSource
 from pix2rep.method_config import PglConfig
 
+COUNTER = (0, 0, 0, 1)  # of the draws
 CANDIDATES = 64  # pairs of positions drawn until one overlaps enough
 
 
-class PatchSource(SliceSource):
+class PatchSource(MovingSource):
     """Random patches of some patients' volumes: an item is a volume, where its patch lies a function of (seed, step, place in the batch).
 
     size: (D, H, W); crops: how the two crops of PGL are drawn. Otherwise as `SliceSource`.
@@ -29,14 +28,8 @@ class PatchSource(SliceSource):
     ):
         if len(size) != 3:
             raise ValueError(f"data.size must be three numbers of voxels for patches, got {tuple(size)}")
-        super().__init__(prepared, patients, size, labelled)
-        self.seed, self.step, self.geometry = seed, 0, crops or PglConfig()
-
-    def at(self, step: int) -> "PatchSource":
-        """The source as a (micro-)step reads it: patches lie elsewhere at every step."""
-        moved = copy.copy(self)  # the open files are shared
-        moved.step = step
-        return moved
+        super().__init__(prepared, patients, size, seed, labelled)
+        self.geometry = crops or PglConfig()
 
     def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images [B, 1, *size] float32 in [0, 1] and labels [B, *size] int64 (None for an unlabelled source)."""
@@ -46,7 +39,7 @@ class PatchSource(SliceSource):
     def positions(self, indices) -> np.ndarray:
         """First voxel of each patch, [B, 3] int64; negative where the volume is padded."""
         shapes = np.array([self.cases[int(i)].shape for i in indices])
-        return _place(self._uniform((len(shapes), 3)), shapes, np.array(self.size))
+        return _place(self._uniform(COUNTER, (len(shapes), 3)), shapes, np.array(self.size))
 
     def crops(self, indices) -> torch.Tensor:
         """Two overlapping crops of each volume, resized linearly to `size`, from one slab read: float32 [2, B, 1, *size]."""
@@ -68,17 +61,12 @@ class PatchSource(SliceSource):
 
     def _crop_boxes(self, indices):
         """(index, first voxels [2, 3], sides [2, 3]) of each item's two crops."""
-        draws = self._uniform((len(indices), 2 + 2 * CANDIDATES, 3))
+        draws = self._uniform(COUNTER, (len(indices), 2 + 2 * CANDIDATES, 3))
         for index, draw in zip(indices, draws, strict=True):
             yield index, *crop_boxes(self.cases[int(index)].shape, self.size, draw, self.geometry)
 
     def _read(self, indices, what: str) -> np.ndarray:
         return np.stack([read_patch(self._map(int(i), what), low, self.size) for i, low in zip(indices, self.positions(indices), strict=True)])
-
-    def _uniform(self, shape: tuple[int, ...]) -> np.ndarray:
-        """float64 in [0, 1), the same in every NumPy release. The counter keeps the stream apart from StepSampler's."""
-        words = np.random.Philox(counter=[0, 0, 0, 1], key=[self.seed, self.step]).random_raw(int(np.prod(shape)))
-        return (words >> np.uint64(11)).reshape(shape) * 2.0**-53
 
 
 def open_source(prepared: Prepared, patients, config: Config) -> SliceSource:

@@ -107,6 +107,25 @@ class SliceSource:
         return self._maps[key]
 
 
+class MovingSource(SliceSource):
+    """A source whose items show another part of a volume at every step: which, is a function of (seed, step) and what a subclass adds."""
+
+    def __init__(self, prepared: Prepared, patients, size: tuple[int, ...], seed: int, labelled: bool):
+        super().__init__(prepared, patients, size, labelled)
+        self.seed, self.step = seed, 0
+
+    def at(self, step: int) -> "MovingSource":
+        """The source as a (micro-)step reads it."""
+        moved = copy.copy(self)  # the open files are shared
+        moved.step = step
+        return moved
+
+    def _uniform(self, counter: tuple[int, int, int, int], shape: tuple[int, ...]) -> np.ndarray:
+        """float64 in [0, 1), the same in every NumPy release. A subclass's counter keeps its stream apart from the others and StepSampler's."""
+        words = np.random.Philox(counter=list(counter), key=[self.seed, self.step]).random_raw(int(np.prod(shape)))
+        return (words >> np.uint64(11)).reshape(shape) * 2.0**-53
+
+
 class StepSampler:
     """Indices of every step, a pure function of (seed, step): a run resumed at a step sees what it would have seen.
 

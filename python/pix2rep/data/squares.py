@@ -1,16 +1,14 @@
 """Random squares of slices, as Pix2Rep-v2 pre-trains on: cut before the views, which therefore show the same square."""
 
-import copy
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from pix2rep.data.cache import Prepared
-from pix2rep.data.slices import SliceSource
+from pix2rep.data.slices import MovingSource
 
 
-class SquareSource(SliceSource):
+class SquareSource(MovingSource):
     """Squares of some patients' slices: an item is a slice, where its square lies a function of (seed, step, item).
 
     size: (H, W), what a square is resized to, images bicubically and clipped to [0, 1], labels and superpixels to the nearest; share: of a
@@ -20,21 +18,13 @@ class SquareSource(SliceSource):
     def __init__(self, prepared: Prepared, patients, size: tuple[int, int], share: tuple[float, float], seed: int = 0, labelled: bool = False):
         if len(size) != 2 or not 0 < share[0] <= share[1] <= 1:
             raise ValueError(f"data.squares must be SMALLEST,LARGEST in (0, 1] with data.size H,W, got {tuple(share)} with {tuple(size)}")
-        super().__init__(prepared, patients, size, labelled)
-        self.share, self.seed, self.step = tuple(share), seed, 0
-
-    def at(self, step: int) -> "SquareSource":
-        """The source as a (micro-)step reads it: squares lie elsewhere at every step."""
-        moved = copy.copy(self)  # the open files are shared
-        moved.step = step
-        return moved
+        super().__init__(prepared, patients, size, seed, labelled)
+        self.share = tuple(share)
 
     def square(self, index: int) -> tuple[int, int, int]:
         """First row, first column and side of an item's square, pixels."""
         shape = self.cases[self._case[index]].shape[1:]
-        # The counter keeps the stream apart from StepSampler's and PatchSource's.
-        words = np.random.Philox(counter=[index, 0, 0, 2], key=[self.seed, self.step]).random_raw(3)
-        share, *place = (words >> np.uint64(11)) * 2.0**-53
+        share, *place = self._uniform((index, 0, 0, 2), (3,))
         smallest, largest = self.share
         side = max(1, round((smallest + (largest - smallest) * share) * min(shape)))
         return *(int(draw * (n - side + 1)) for draw, n in zip(place, shape, strict=True)), side
