@@ -83,7 +83,7 @@ class PhotometricConfig:
 class LossConfig:
     """`method` and `backend` are every method's; the rest is pix2rep's. The others have sections of their own."""
 
-    method: str = "pix2rep"  # or "bim"
+    method: str = "pix2rep"  # or another of `pix2rep.methods.METHODS`
     objective: Literal["infonce", "barlow"] = "infonce"
     temperature: float = 0.53  # of infonce
     lambda_param: float = 5e-3  # of barlow: weight of the entries off the diagonal

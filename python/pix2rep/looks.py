@@ -1,6 +1,5 @@
 """How the runs of each method are looked at: its views, and what is drawn of them. A new method adds a line."""
 
-import torch
 from torch import Generator
 
 from pix2rep import pictures_bim, pictures_lrc, pictures_pgl
@@ -8,7 +7,7 @@ from pix2rep.config import Config
 from pix2rep.data.cache import PreparedCase
 from pix2rep.methods.pix2rep import IMAGE_MODE, Pix2Rep
 from pix2rep.methods.simclr import SimCLR
-from pix2rep.pairs import Views, middle_image, pixels_of, within
+from pix2rep.pairs import Views, middle_image, pixels_of, spacing_of, within
 from pix2rep.pictures import COMMON, Look, coarsest
 from pix2rep.views.spatial import dense, warp_image
 
@@ -17,8 +16,7 @@ def draw(method: Pix2Rep | SimCLR, case: PreparedCase, generator: Generator, mod
     """View 1 stays where it is, view 2 is moved."""
     size, image = method.config.data.size, middle_image(case, method.config.data.size)
     view_1 = method.photometric(image, generator)
-    spacing = torch.tensor([case.spacing]) if "spacing" in method.needs else None
-    grid = dense(method.spatial(1, size, generator, "cpu", spacing), size)
+    grid = dense(method.spatial(1, size, generator, "cpu", spacing_of(method, case)), size)
     source = pixels_of(grid, size)
     return Views(view_1, warp_image(method.photometric(image, generator), grid, IMAGE_MODE[mode]), source, within(source, size), mode)
 

@@ -129,6 +129,11 @@ def middle(case: PreparedCase, size: tuple[int, ...], array: np.ndarray | None =
     return crop_or_pad(volume.astype(np.int32) if padding else volume, size, padding)
 
 
+def spacing_of(method: "Method", case: PreparedCase) -> Tensor | None:
+    """Voxel sizes [1, d] as the method's step gets them, None where it asks for none."""
+    return torch.tensor([case.spacing]) if "spacing" in method.needs else None
+
+
 def middle_image(case: PreparedCase, size: tuple[int, ...]) -> Tensor:
     """`middle` as an image, float32 [1, 1, *size]."""
     return torch.from_numpy(middle(case, size).astype(np.float32))[None, None]

@@ -10,7 +10,7 @@ from pix2rep.colours import distinct
 from pix2rep.config import Config
 from pix2rep.data.cache import PreparedCase
 from pix2rep.methods.bim import BIM, cluster_map
-from pix2rep.pairs import Pair, Seen, Views, middle_image, pixels_of, plane_of, within
+from pix2rep.pairs import Pair, Seen, Views, middle_image, pixels_of, plane_of, spacing_of, within
 from pix2rep.pictures import Picture, Scene, outline, panels_of, show
 
 HEADS = 3  # sub-heads that are shown
@@ -31,7 +31,7 @@ class Clusters:
 
 def draw(method: BIM, case: PreparedCase, generator: Generator) -> Views:
     size = method.config.data.size
-    view_1, view_2, theta = method.views(middle_image(case, size), generator)
+    view_1, view_2, theta = method.views(middle_image(case, size), generator, spacing_of(method, case))
     grid = torch.nn.functional.affine_grid(theta, [1, 1, *size], align_corners=False)
     source = pixels_of(grid, size, align_corners=False)
     return Views(view_1, view_2, source, within(source, size, 0.5), "nearest")

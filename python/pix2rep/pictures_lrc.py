@@ -12,7 +12,7 @@ from pix2rep.data.cache import PreparedCase
 from pix2rep.data.superpixels import Superpixels
 from pix2rep.methods.lrc import LRC
 from pix2rep.overlay import COLOURS
-from pix2rep.pairs import Pair, Seen, Views, middle, middle_image, pixels_of, plane_of, within
+from pix2rep.pairs import Pair, Seen, Views, middle, middle_image, pixels_of, plane_of, spacing_of, within
 from pix2rep.pictures import BEST, SIMILARITY, TRUE, Picture, Scene, coarsest, full_resolution, outline, panels_of, show
 from pix2rep.views.spatial import dense, identity, warp_image, warp_labels
 from pix2rep_kernels import pool
@@ -49,7 +49,7 @@ def draw(method: LRC, case: PreparedCase, generator: Generator) -> Views:
     view_1, view_2 = (method.photometric(image, generator) for _ in range(2))
     grid, second = dense(identity(1, len(size)), size), first
     if config.lrc.warp:
-        grid = dense(method.spatial(1, size, generator), size)
+        grid = dense(method.spatial(1, size, generator, "cpu", spacing_of(method, case)), size)
         view_2, second = warp_image(view_2, grid), warp_labels(first + 1, grid) - 1
     source = pixels_of(grid, size)
     return Views(view_1, view_2, source, within(source, size), "linear", detail=(torch.from_numpy(cut)[None], first, second))

@@ -19,6 +19,7 @@ from pix2rep.networks import build_backbone
 from pix2rep.pairs import make_pair, moved
 from pix2rep.pictures import COMMON, Scene, coarsest, planes
 from pix2rep.pretrain import run as pretrain
+from pix2rep.views.spatial import SpatialView
 from tests.trainer.volumes import dataset, prepared_case
 
 FLAT = (
@@ -70,6 +71,23 @@ def test_the_page_of_a_method_holds_its_pictures_and_words(name, tmp_path, undra
         assert "clusters used" not in text
         assert "they are in checkpoints only" in text
         assert text.count("<img") == 2 * 2
+
+
+@pytest.mark.parametrize("name", ["pix2rep", "bim", "lrc", "simclr"])
+def test_views_of_volumes_turn_in_mm(name, tmp_path, monkeypatch):
+    """Every transform of a picture is drawn with the voxel sizes of its case, as in a step."""
+    config = load(None, [*OPTIONS.get(name, FLAT), f"loss.method={name}", "network.dims=3", "data.size=4,8,8"])
+    method, given, drawn = build_method(config, build_backbone(config.network)), [], SpatialView.__call__
+
+    def recorded(self, batch, size, generator, device, spacing=None):
+        given.append(spacing)
+        return drawn(self, batch, size, generator, device, spacing)
+
+    monkeypatch.setattr(SpatialView, "__call__", recorded)
+    case = prepared_case(tmp_path, "one", np.random.default_rng(0).random((4, 8, 8)))
+    LOOKS[name].draw(method, case, torch.Generator().manual_seed(0))
+    assert len(given) == (2 if name == "bim" else 1)
+    torch.testing.assert_close(given[0], torch.tensor([case.spacing]))
 
 
 def test_agreement_of_cluster_maps():
